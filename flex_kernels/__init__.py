@@ -1,0 +1,21 @@
+"""flex_kernels: the fused Mixture-of-Experts layer of FLEx (arXiv 2506.00965) with a personal expert and its gate."""
+
+from flex_kernels.backends import BackendStatus, backends
+from flex_kernels.checkpoint import checkpoint_contexts
+from flex_kernels.layer import flex_moe
+from flex_kernels.modules import FlexMoE
+from flex_kernels.types import Experts, Personal, Routed, Router, Shared
+
+__all__ = [
+    "BackendStatus",
+    "Experts",
+    "FlexMoE",
+    "Personal",
+    "Routed",
+    "Router",
+    "Shared",
+    "backends",
+    "checkpoint_contexts",
+    "flex_moe",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,302 @@
+"""The layer's two custom ops, their shapes for tracing, and their gradients.
+
+Letters: T tokens, H hidden, E routed experts, K chosen, I expert width, N = T*K rows, G sigmoid gates.
+
+``route``    the thin products of x: router and gates.  Saves x, ids, weights, gates (no logits).
+``experts``  the feed-forward blocks and their mix.     Saves x, ids, weights, gates, and Z only when asked.
+
+Each op dispatches to the backend named by its last argument. A backend is a module with ``route``,
+``route_backward``, ``experts_forward`` and ``experts_backward``; see :mod:`flex_kernels.backends`.
+An optional tensor that a backend does not produce is returned with zero elements, never None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flex_kernels.backends import backend_module
+
+
+@torch.library.custom_op("flex_kernels::route", mutates_args=())
+def route(
+    x_TH: Tensor,
+    weight_EH: Tensor,
+    bias_E: Tensor | None,
+    gate_weight_GH: Tensor,
+    gate_bias_G: Tensor,
+    top_k: int,
+    normalize: bool,
+    score: str,
+    scale: float,
+    want_logits: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ids_TK int32, weights_TK float32, gates_GT float32, logits_TE float32 or [0, E] when not asked for)."""
+    return backend_module(backend).route(
+        x_TH, weight_EH, bias_E, gate_weight_GH, gate_bias_G, top_k, normalize, score, scale, want_logits
+    )
+
+
+@route.register_fake
+def _(
+    x_TH, weight_EH, bias_E, gate_weight_GH, gate_bias_G, top_k, normalize, score, scale, want_logits, backend
+):
+    T, E, G = x_TH.shape[0], weight_EH.shape[0], gate_weight_GH.shape[0]
+    f32 = torch.float32
+    return (
+        x_TH.new_empty(T, top_k, dtype=torch.int32),
+        x_TH.new_empty(T, top_k, dtype=f32),
+        x_TH.new_empty(G, T, dtype=f32),
+        x_TH.new_empty(T if want_logits else 0, E, dtype=f32),
+    )
+
+
+@torch.library.custom_op("flex_kernels::route_backward", mutates_args=())
+def route_backward(
+    grad_weights_TK: Tensor,
+    grad_gates_GT: Tensor,
+    grad_logits_TE: Tensor,
+    x_TH: Tensor,
+    weight_EH: Tensor,
+    gate_weight_GH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    gates_GT: Tensor,
+    normalize: bool,
+    score: str,
+    scale: float,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, router weight, gate weights, gate biases); zero elements where ``needs`` is false."""
+    return backend_module(backend).route_backward(
+        grad_weights_TK,
+        grad_gates_GT,
+        grad_logits_TE,
+        x_TH,
+        weight_EH,
+        gate_weight_GH,
+        ids_TK,
+        weights_TK,
+        gates_GT,
+        normalize,
+        score,
+        scale,
+        list(needs),
+    )
+
+
+def empty_unless(needed: bool, like: Tensor) -> Tensor:
+    return like.new_empty(like.shape if needed else (0,))
+
+
+@route_backward.register_fake
+def _(
+    gw,
+    gg,
+    gl,
+    x_TH,
+    weight_EH,
+    gate_weight_GH,
+    ids,
+    weights,
+    gates_GT,
+    normalize,
+    score,
+    scale,
+    needs,
+    backend,
+):
+    bias_like = gate_weight_GH.new_empty(gate_weight_GH.shape[0])
+    inputs = (x_TH, weight_EH, gate_weight_GH, bias_like)
+    return tuple(empty_unless(n, t) for n, t in zip(needs, inputs))
+
+
+def route_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x_TH, weight_EH, _, gate_weight_GH, _, _, ctx.normalize, ctx.score, ctx.scale, _, ctx.backend = inputs
+    ids_TK, weights_TK, gates_GT, _ = output
+    ctx.mark_non_differentiable(ids_TK)
+    ctx.save_for_backward(x_TH, weight_EH, gate_weight_GH, ids_TK, weights_TK, gates_GT)
+
+
+def route_vjp(
+    ctx: Any, grad_ids: Any, grad_weights: Tensor, grad_gates: Tensor, grad_logits: Tensor
+) -> tuple:
+    need = ctx.needs_input_grad
+    needs = [need[0], need[1], need[3], need[4]]
+    grads = route_backward(
+        grad_weights.contiguous(),
+        grad_gates.contiguous(),
+        grad_logits.contiguous(),
+        *ctx.saved_tensors,
+        ctx.normalize,
+        ctx.score,
+        ctx.scale,
+        needs,
+        ctx.backend,
+    )
+    dx, dw, dgw, dgb = (g if n else None for n, g in zip(needs, grads))
+    return dx, dw, None, dgw, dgb, None, None, None, None, None, None
+
+
+route.register_autograd(route_vjp, setup_context=route_setup)
+
+
+@torch.library.custom_op("flex_kernels::experts", mutates_args=())
+def experts(
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2IH: Tensor,
+    down_EHI: Tensor,
+    personal_gate_up_2IH: Tensor | None,
+    personal_down_HI: Tensor | None,
+    gate_T: Tensor | None,
+    shared_gate_up_2IH: Tensor | None,
+    shared_down_HI: Tensor | None,
+    shared_gate_T: Tensor | None,
+    mix: str,
+    save_preact: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y_TH, then the pre-activations of the routed [N, 2I], personal [T, 2Ip] and shared [T, 2Is] experts).
+
+    The routed rows are in expert order (a stable sort of ids). Pre-activations have zero elements unless
+    ``save_preact``; they are outputs only so that the tracer knows of them.
+    """
+    return backend_module(backend).experts_forward(
+        x_TH,
+        ids_TK,
+        weights_TK,
+        gate_up_E2IH,
+        down_EHI,
+        personal_gate_up_2IH,
+        personal_down_HI,
+        gate_T,
+        shared_gate_up_2IH,
+        shared_down_HI,
+        shared_gate_T,
+        mix,
+        save_preact,
+    )
+
+
+@experts.register_fake
+def _(
+    x_TH,
+    ids_TK,
+    weights_TK,
+    gate_up,
+    down,
+    p_gate_up,
+    p_down,
+    gate,
+    s_gate_up,
+    s_down,
+    s_gate,
+    mix,
+    save,
+    backend,
+):
+    def preact(rows: int, weight: Tensor | None) -> Tensor:
+        if weight is None or not save:
+            return x_TH.new_empty(0)
+        return x_TH.new_empty(rows, weight.shape[-2])
+
+    T, K = ids_TK.shape
+    return x_TH.new_empty(x_TH.shape), preact(T * K, gate_up), preact(T, p_gate_up), preact(T, s_gate_up)
+
+
+@torch.library.custom_op("flex_kernels::experts_backward", mutates_args=())
+def experts_backward(
+    grad_y_TH: Tensor,
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2IH: Tensor,
+    down_EHI: Tensor,
+    personal_gate_up_2IH: Tensor | None,
+    personal_down_HI: Tensor | None,
+    gate_T: Tensor | None,
+    shared_gate_up_2IH: Tensor | None,
+    shared_down_HI: Tensor | None,
+    shared_gate_T: Tensor | None,
+    preact_N2I: Tensor,
+    personal_preact_T2I: Tensor,
+    shared_preact_T2I: Tensor,
+    mix: str,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, weights, gate_up, down, personal gate_up, personal down, gate, shared gate_up, shared down,
+    shared gate); zero elements where ``needs`` is false."""
+    return backend_module(backend).experts_backward(
+        grad_y_TH,
+        x_TH,
+        ids_TK,
+        weights_TK,
+        gate_up_E2IH,
+        down_EHI,
+        personal_gate_up_2IH,
+        personal_down_HI,
+        gate_T,
+        shared_gate_up_2IH,
+        shared_down_HI,
+        shared_gate_T,
+        preact_N2I,
+        personal_preact_T2I,
+        shared_preact_T2I,
+        mix,
+        list(needs),
+    )
+
+
+@experts_backward.register_fake
+def _(
+    dy,
+    x,
+    ids,
+    weights,
+    gate_up,
+    down,
+    p_gate_up,
+    p_down,
+    gate,
+    s_gate_up,
+    s_down,
+    s_gate,
+    z,
+    zp,
+    zs,
+    mix,
+    needs,
+    backend,
+):
+    inputs = (x, weights, gate_up, down, p_gate_up, p_down, gate, s_gate_up, s_down, s_gate)
+    return tuple(x.new_empty(0) if t is None else empty_unless(n, t) for n, t in zip(needs, inputs))
+
+
+# Positions, among the inputs of ``experts``, of the ten tensors that can have a gradient: all but ids.
+DIFFERENTIABLE = (0, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+
+
+def experts_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.mix, save_preact, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def experts_vjp(ctx: Any, grad_y: Tensor, *grad_preacts: Any) -> tuple:
+    needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
+    grads = experts_backward(grad_y.contiguous(), *ctx.saved_tensors, ctx.mix, needs, ctx.backend)
+    out: list[Tensor | None] = [None] * 14
+    for position, needed, grad in zip(DIFFERENTIABLE, needs, grads):
+        out[position] = grad if needed else None
+    return tuple(out)
+
+
+experts.register_autograd(experts_vjp, setup_context=experts_setup)

@@ -1,0 +1,132 @@
+"""Argument checks of the layer: every error names the argument, what was given and what is accepted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flex_kernels.types import Experts, Personal, Routed, Router, Shared
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(t: Tensor) -> str:
+    return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device.type}"
+
+
+def check_tensor(name: str, t: object, shape: tuple[int | str, ...], device: torch.device) -> None:
+    """``shape`` mixes sizes that must match with letters that may be anything."""
+    wanted = "[" + ", ".join(str(s) for s in shape) + "]"
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor {wanted}, got {type(t).__name__}")
+    if t.ndim != len(shape) or any(isinstance(s, int) and s != n for s, n in zip(shape, t.shape)):
+        raise ValueError(f"{name} must be {wanted}, got {describe(t)}")
+    if t.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(t)}")
+    if t.device != device:
+        raise ValueError(f"{name} is on {t.device}, but x is on {device}: move one of them")
+
+
+def check_option(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, accepted))}")
+
+
+def check_ffn(name: str, gate_up: Tensor, down: Tensor, hidden: int, device: torch.device) -> None:
+    check_tensor(f"{name}.gate_up", gate_up, ("2*I", hidden), device)
+    if gate_up.shape[0] % 2 or not gate_up.shape[0]:
+        raise ValueError(
+            f"{name}.gate_up stacks gate rows on up rows: its first size must be even and positive, "
+            f"got {describe(gate_up)}"
+        )
+    check_tensor(f"{name}.down", down, (hidden, gate_up.shape[0] // 2), device)
+
+
+def check_ids(ids_TK: Tensor, experts: int) -> None:
+    """Looks at the values on the CPU alone: on a GPU that would wait for the device, and kernels skip such slots."""
+    if ids_TK.device.type != "cpu" or torch.compiler.is_compiling() or not ids_TK.numel():
+        return
+    wrong = ids_TK[(ids_TK < 0) | (ids_TK > experts)]
+    if wrong.numel():
+        raise ValueError(
+            f"routed.ids must lie in [0, {experts}] ({experts} marks a slot to skip), found {wrong[0].item()}"
+        )
+
+
+def check_router(
+    router: Router | Routed, tokens: int, experts: int, hidden: int, device: torch.device
+) -> None:
+    if isinstance(router, Routed):
+        for name, t in (("ids", router.ids), ("weights", router.weights)):
+            if not isinstance(t, Tensor) or t.ndim != 2 or t.shape[0] != tokens or t.device != device:
+                got = describe(t) if isinstance(t, Tensor) else type(t).__name__
+                raise ValueError(f"routed.{name} must be [{tokens}, K] on {device}, got {got}")
+        if router.ids.shape != router.weights.shape:
+            raise ValueError(
+                f"routed.ids {list(router.ids.shape)} and routed.weights {list(router.weights.shape)} differ in shape"
+            )
+        if router.ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"routed.ids must be int32 or int64, got {describe(router.ids)}")
+        if router.weights.dtype not in DTYPES:
+            raise TypeError(f"routed.weights must be a float tensor, got {describe(router.weights)}")
+        check_ids(router.ids, experts)
+        return
+    if not isinstance(router, Router):
+        raise TypeError(f"router must be a Router or Routed, got {type(router).__name__}")
+    check_tensor("router.weight", router.weight, (experts, hidden), device)
+    shape = list(router.weight.shape)
+    if not isinstance(router.top_k, int) or router.top_k < 1:
+        raise ValueError(f"router.top_k must be an integer of at least 1, got {router.top_k!r}")
+    if router.top_k > experts:
+        raise ValueError(f"top_k={router.top_k} exceeds the {experts} experts of router.weight {shape}")
+    check_option("router.score", router.score, ("softmax", "sigmoid"))
+    if router.bias is not None:
+        check_tensor("router.bias", router.bias, (experts,), device)
+
+
+def check_arguments(
+    x: Tensor,
+    router: Router | Routed,
+    experts: Experts,
+    personal: Personal | None,
+    shared: Shared | None,
+    mix: str,
+    save: str,
+) -> None:
+    """Raise TypeError or ValueError on the first argument that does not fit the others; allocates nothing."""
+    if not isinstance(x, Tensor) or x.ndim < 1 or x.dtype not in DTYPES:
+        got = describe(x) if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a float tensor [..., H], got {got}")
+    hidden, device = x.shape[-1], x.device
+    if not hidden:
+        raise ValueError(f"x must have at least one feature in its last dimension, got {describe(x)}")
+    if not isinstance(experts, Experts):
+        raise TypeError(f"experts must be an Experts, got {type(experts).__name__}")
+    check_tensor("experts.gate_up", experts.gate_up, ("E", "2*I", hidden), device)
+    count, rows = experts.gate_up.shape[:2]
+    if not count or not rows or rows % 2:
+        raise ValueError(
+            f"experts.gate_up must hold at least one expert and an even number of rows, got {describe(experts.gate_up)}"
+        )
+    check_tensor("experts.down", experts.down, (count, hidden, rows // 2), device)
+    for name, t in (("gate_up", experts.gate_up), ("down", experts.down)):
+        if t.dtype != x.dtype and not torch.is_autocast_enabled(device.type):
+            raise TypeError(
+                f"experts.{name} is {t.dtype}, but x is {x.dtype}: convert one of them, or call under torch.autocast"
+            )
+    check_router(router, x.numel() // hidden, count, hidden, device)
+    if personal is not None:
+        if not isinstance(personal, Personal):
+            raise TypeError(f"personal must be a Personal or None, got {type(personal).__name__}")
+        check_ffn("personal", personal.gate_up, personal.down, hidden, device)
+        check_tensor("personal.gate_weight", personal.gate_weight, (hidden,), device)
+        if personal.gate_bias is not None:
+            check_tensor("personal.gate_bias", personal.gate_bias, (), device)
+    if shared is not None:
+        if not isinstance(shared, Shared):
+            raise TypeError(f"shared must be a Shared or None, got {type(shared).__name__}")
+        check_ffn("shared", shared.gate_up, shared.down, hidden, device)
+        if shared.gate_weight is not None:
+            check_tensor("shared.gate_weight", shared.gate_weight, (hidden,), device)
+    check_option("mix", mix, ("add", "convex"))
+    check_option("save", save, ("recompute", "preact"))

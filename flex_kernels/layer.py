@@ -1,0 +1,143 @@
+"""The fused FLEx layer: checks its arguments, picks a backend, and reads like the equations.
+
+Letters: T tokens, H hidden, E routed experts, K chosen, I expert width, G sigmoid gates (personal first, then shared).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flex_kernels import autograd, reference
+from flex_kernels.backends import resolve_backend
+from flex_kernels.check import check_arguments
+from flex_kernels.types import Experts, Mix, Personal, Routed, Router, Save, Shared
+
+
+def flex_moe(
+    x: Tensor,
+    router: Router | Routed,
+    experts: Experts,
+    personal: Personal | None = None,
+    shared: Shared | None = None,
+    mix: Mix = "add",
+    save: Save = "recompute",
+    backend: str = "auto",
+    return_router_logits: bool = False,
+) -> Any:
+    """A Mixture-of-Experts layer with a client's personal expert mixed in by an adaptive gate.
+
+    y = r + g E_p(x) for ``mix="add"``, (1 - g) r + g E_p(x) for ``mix="convex"``, where r is the routed sum plus
+    the shared expert and g = sigmoid(x . w_g + b_g) (FLEx, arXiv 2506.00965, section 3).
+
+    Args:
+        x: [..., H] float32, bfloat16, float16 (float64 on the reference backend); any strides.
+        router: a :class:`Router`, or a :class:`Routed` decision [T, K] made elsewhere.
+        experts: the routed experts, in x's dtype and consumed as stored.
+        personal: the client's expert and gate; any float dtype, cast to x's for the products.
+        shared: the shared expert; likewise.
+        mix: ``"add"`` or ``"convex"``.
+        save: ``"recompute"`` keeps x, ids, weights and gates for the backward pass (about 2H + 12K bytes a token
+            in bf16); ``"preact"`` also keeps the pre-activations, 4 K I bytes a token more, and is faster.
+        backend: ``"auto"``, or a name from :func:`flex_kernels.backends`.
+        return_router_logits: also return the router's logits [T, E] in float32.
+
+    Returns:
+        y, shaped and typed like x; with ``return_router_logits`` the pair (y, logits).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit the others; nothing has been computed.
+        RuntimeError: the backend asked for cannot run here; the message says why.
+
+    Gradients exist exactly where ``requires_grad`` asks. A frozen expert weight never gets a buffer of its size.
+    """
+    check_arguments(x, router, experts, personal, shared, mix, save)
+    if return_router_logits and isinstance(router, Routed):
+        raise ValueError("return_router_logits=True needs a Router: a Routed decision carries no logits")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, experts = x.to(dtype), Experts(experts.gate_up.to(dtype), experts.down.to(dtype))
+    if personal is not None:
+        personal = Personal(
+            personal.gate_up.to(x.dtype), personal.down.to(x.dtype), personal.gate_weight, personal.gate_bias
+        )
+    if shared is not None:
+        shared = Shared(shared.gate_up.to(x.dtype), shared.down.to(x.dtype), shared.gate_weight)
+    name = resolve_backend(backend, x.device, x.dtype)
+    x_TH = x.reshape(-1, x.shape[-1]).contiguous()
+    # The custom ops choose their own dtypes; autocast would only convert the float32 router product.
+    with torch.autocast(x.device.type, enabled=False):
+        if name == "reference":
+            y_TH, logits_TE = reference.moe(x_TH, router, experts, personal, shared, mix)
+        else:
+            y_TH, logits_TE = fused_moe(
+                x_TH, router, experts, personal, shared, mix, save, name, return_router_logits
+            )
+    y = y_TH.view(x.shape)
+    return (y, logits_TE) if return_router_logits else y
+
+
+def fused_moe(
+    x_TH: Tensor,
+    router: Router | Routed,
+    experts: Experts,
+    personal: Personal | None,
+    shared: Shared | None,
+    mix: Mix,
+    save: Save,
+    backend: str,
+    want_logits: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The same equations as two custom ops: thin products of x (router and gates), then the feed-forward blocks."""
+    gate_weight_GH, gate_bias_G = stack_gates(x_TH, personal, shared)
+    ids_TK, weights_TK, gates_GT, logits_TE = autograd.route(
+        x_TH,
+        router.weight if isinstance(router, Router) else x_TH.new_empty(0, x_TH.shape[1]),
+        router.bias if isinstance(router, Router) else None,
+        gate_weight_GH,
+        gate_bias_G,
+        router.top_k if isinstance(router, Router) else 0,
+        router.normalize if isinstance(router, Router) else False,
+        router.score if isinstance(router, Router) else "softmax",
+        router.scale if isinstance(router, Router) else 1.0,
+        want_logits,
+        backend,
+    )
+    if isinstance(router, Routed):
+        ids_TK, weights_TK = router.ids.int(), router.weights.float()
+    gate_T = None if personal is None else gates_GT[0]
+    shared_gate_T = None if shared is None or shared.gate_weight is None else gates_GT[-1]
+    y_TH = autograd.experts(
+        x_TH,
+        ids_TK,
+        weights_TK,
+        experts.gate_up,
+        experts.down,
+        None if personal is None else personal.gate_up,
+        None if personal is None else personal.down,
+        gate_T,
+        None if shared is None else shared.gate_up,
+        None if shared is None else shared.down,
+        shared_gate_T,
+        mix,
+        save == "preact",
+        backend,
+    )[0]
+    return y_TH, logits_TE if want_logits else None
+
+
+def stack_gates(x_TH: Tensor, personal: Personal | None, shared: Shared | None) -> tuple[Tensor, Tensor]:
+    """The sigmoid gates as rows of one small matrix, float32: (weight_GH, bias_G), G = 0, 1 or 2."""
+    zero = torch.zeros((), dtype=torch.float32, device=x_TH.device)
+    weights, biases = [], []
+    if personal is not None:
+        weights.append(personal.gate_weight.float())
+        biases.append(zero if personal.gate_bias is None else personal.gate_bias.float())
+    if shared is not None and shared.gate_weight is not None:
+        weights.append(shared.gate_weight.float())
+        biases.append(zero)
+    if not weights:
+        return zero.new_empty(0, x_TH.shape[1]), zero.new_empty(0)
+    return torch.stack(weights), torch.stack(biases)

@@ -1,0 +1,110 @@
+"""The layer as an ``nn.Module``.
+
+Letters: H hidden, E routed experts, I expert width, Ip personal width, Is shared width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flex_kernels.layer import flex_moe
+from flex_kernels.types import Experts, Mix, Personal, Router, Save, Score, Shared
+
+
+class PersonalExpert(nn.Module):
+    """One client's expert and adaptive gate: the part of the layer that is trained and stays with the client.
+
+    Args:
+        gate_up: [2 Ip, H], down: [H, Ip]: the expert to start from (copied).
+        gate_weight: [H], the gate's start; FLEx takes the copied expert's router row.
+        dtype: of the parameters; None keeps that of ``gate_up``.
+    """
+
+    def __init__(self, gate_up: Tensor, down: Tensor, gate_weight: Tensor, dtype: torch.dtype | None = None):
+        super().__init__()
+        dtype = dtype or gate_up.dtype
+        self.gate_up = nn.Parameter(gate_up.detach().to(dtype, copy=True))
+        self.down = nn.Parameter(down.detach().to(dtype, copy=True))
+        self.gate_weight = nn.Parameter(gate_weight.detach().to(torch.float32, copy=True))
+        self.gate_bias = nn.Parameter(torch.zeros((), dtype=torch.float32, device=gate_up.device))
+
+    def record(self) -> Personal:
+        return Personal(self.gate_up, self.down, self.gate_weight, self.gate_bias)
+
+
+class FlexMoE(nn.Module):
+    """A frozen Mixture-of-Experts layer with room for one personal expert.
+
+    Frozen weights are registered as they are, without a copy.
+
+    Args:
+        router: its tensors become frozen parameters ``router_weight`` and the buffer ``router_bias``.
+        experts: become the frozen parameters ``gate_up`` and ``down``.
+        shared: optional; become ``shared_gate_up``, ``shared_down``, ``shared_gate_weight``.
+        mix, save, backend: as in :func:`flex_kernels.flex_moe`.
+
+    Shapes: forward takes and returns [..., H].
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        shared: Shared | None = None,
+        mix: Mix = "add",
+        save: Save = "recompute",
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.top_k, self.normalize, self.scale = router.top_k, router.normalize, router.scale
+        self.score: Score = router.score
+        self.mix: Mix = mix
+        self.save: Save = save
+        self.backend = backend
+        self.router_weight = frozen(router.weight)
+        self.register_buffer("router_bias", router.bias)
+        self.gate_up, self.down = frozen(experts.gate_up), frozen(experts.down)
+        self.shared_gate_up = None if shared is None else frozen(shared.gate_up)
+        self.shared_down = None if shared is None else frozen(shared.down)
+        gated = shared is not None and shared.gate_weight is not None
+        self.shared_gate_weight = frozen(shared.gate_weight) if gated else None
+        self.personal: PersonalExpert | None = None
+
+    def personalize(self, expert: int, dtype: torch.dtype | None = None) -> PersonalExpert:
+        """Give the layer a personal expert: a copy of routed expert ``expert``, gated by that expert's router row.
+
+        Raises:
+            IndexError: there is no such expert.
+        """
+        if not 0 <= expert < self.gate_up.shape[0]:
+            raise IndexError(
+                f"expert={expert} is not one of the {self.gate_up.shape[0]} routed experts (from 0)"
+            )
+        self.personal = PersonalExpert(
+            self.gate_up[expert], self.down[expert], self.router_weight[expert], dtype
+        )
+        return self.personal
+
+    def forward(self, x: Tensor, return_router_logits: bool = False) -> Any:
+        """y [..., H]; with ``return_router_logits`` the pair (y, logits [T, E])."""
+        shared = None
+        if self.shared_gate_up is not None:
+            shared = Shared(self.shared_gate_up, self.shared_down, self.shared_gate_weight)
+        return flex_moe(
+            x,
+            Router(self.router_weight, self.top_k, self.normalize, self.score, self.scale, self.router_bias),
+            Experts(self.gate_up, self.down),
+            None if self.personal is None else self.personal.record(),
+            shared,
+            self.mix,
+            self.save,
+            self.backend,
+            return_router_logits,
+        )
+
+
+def frozen(t: Tensor) -> nn.Parameter:
+    return nn.Parameter(t.detach(), requires_grad=False)

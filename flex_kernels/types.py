@@ -1,0 +1,96 @@
+"""The arguments of the layer: small frozen records of tensors and settings.
+
+Letters: T tokens, H hidden, E routed experts, K chosen, I expert width, Ip personal width, Is shared width.
+Weights use Hugging Face's layout: ``gate_up`` stacks the gate rows on the up rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Score = Literal["softmax", "sigmoid"]
+Mix = Literal["add", "convex"]
+Save = Literal["recompute", "preact"]
+
+
+@dataclass(frozen=True)
+class Router:
+    """The pretrained router: scores every expert, keeps the ``top_k`` best.
+
+    Args:
+        weight: [E, H], any float dtype; the product with x is accumulated and kept in float32.
+        top_k: experts per token, 1 <= top_k <= E. Ties go to the lowest index.
+        normalize: divide the chosen scores by their sum.
+        score: ``"softmax"`` over all experts, or ``"sigmoid"`` of each logit (DeepSeek-V3).
+        scale: factor applied to the weights last (DeepSeek's ``routed_scaling_factor``).
+        bias: [E], added to the scores for the choice only, never to the weights
+            (DeepSeek-V3's ``e_score_correction_bias``). It gets no gradient.
+    """
+
+    weight: Tensor
+    top_k: int
+    normalize: bool = False
+    score: Score = "softmax"
+    scale: float = 1.0
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A routing decision made elsewhere, used in place of a :class:`Router`.
+
+    Args:
+        ids: [T, K] integers in [0, E]; the value E marks a slot to skip (a token of another rank).
+        weights: [T, K], any float dtype; differentiable.
+    """
+
+    ids: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts, E_j(x) = down_j (silu(gate_j x) * (up_j x)).
+
+    Args:
+        gate_up: [E, 2I, H], gate rows first.
+        down: [E, H, I].
+    """
+
+    gate_up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class Personal:
+    """The client's own expert and its adaptive gate g = sigmoid(x . gate_weight + gate_bias).
+
+    Args:
+        gate_up: [2 Ip, H], gate rows first; may be kept in float32 beside bf16 experts.
+        down: [H, Ip].
+        gate_weight: [H].
+        gate_bias: scalar tensor [], or None for zero.
+    """
+
+    gate_up: Tensor
+    down: Tensor
+    gate_weight: Tensor
+    gate_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The pretrained expert that every token passes through.
+
+    Args:
+        gate_up: [2 Is, H], gate rows first.
+        down: [H, Is].
+        gate_weight: [H] for Qwen2-MoE's sigmoid gate, or None for a plain sum.
+    """
+
+    gate_up: Tensor
+    down: Tensor
+    gate_weight: Tensor | None = None

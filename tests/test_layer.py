@@ -1,0 +1,245 @@
+"""The fused layer as users call it: values, gradients, and everything torch may wrap around it.
+
+The fused backend here is the one that "auto" picks for CPU tensors; the Triton kernels have tests of their own.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case, assert_close, make_case, relative_error, with_fixed_routing
+from torch.utils.checkpoint import checkpoint
+
+from flex_kernels import Experts, Routed, Router, checkpoint_contexts, flex_moe
+
+
+def layer(case: Case, **options) -> torch.Tensor:
+    return flex_moe(case.x_TH, case.router, case.experts, case.personal, case.shared, **options)
+
+
+def run(case: Case, **options) -> dict[str, torch.Tensor]:
+    """The output and every gradient, by name, for a fixed random cotangent."""
+    case.requiring()
+    y = layer(case, **options)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(y.dtype)
+    named = case.tensors()
+    grads = torch.autograd.grad(y, list(named.values()), dy)
+    return {"y": y.detach()} | {f"d {n}": g for n, g in zip(named, grads)}
+
+
+def agree(case: Case, multiple: float = 3.0, **options) -> None:
+    exact = run(case.to(torch.float64), mix=options.get("mix", "add"), backend="reference")
+    plain = run(case.to(case.x_TH.dtype), mix=options.get("mix", "add"), backend="reference")
+    fused = run(case.to(case.x_TH.dtype), **options)
+    assert fused.keys() == exact.keys()
+    for name, got in fused.items():
+        assert_close(got, exact[name], plain[name], multiple, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mix", ["add", "convex"])
+@pytest.mark.parametrize("save", ["recompute", "preact"])
+def test_every_value_and_gradient_is_as_exact_as_plain_torch(dtype, mix, save):
+    agree(with_fixed_routing(make_case(T=33, H=40, E=6, K=3, I=20, dtype=dtype)), mix=mix, save=save)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_every_kind_of_router_has_the_reference_s_gradients(score, normalize, scale):
+    agree(make_case(T=19, router={"score": score, "normalize": normalize, "scale": scale}))
+
+
+@pytest.mark.parametrize("shared", ["gated", "plain", "none"])
+@pytest.mark.parametrize("personal", [True, False])
+def test_every_combination_of_extra_experts(shared, personal):
+    agree(make_case(T=9, shared=shared, personal=personal))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"T": 1},
+        {"T": 2, "E": 60, "K": 6},
+        {"T": 300, "H": 7, "I": 5, "E": 3, "K": 3},
+        {"T": 65, "H": 129, "I": 33, "E": 17, "K": 1, "personal_width": 1},
+    ],
+    ids=str,
+)
+def test_odd_sizes(sizes):
+    agree(make_case(**sizes), mix="convex")
+
+
+def test_all_tokens_on_one_expert_and_skipped_slots():
+    case = make_case(T=40, E=5, K=2)
+    one = replace(case, router=Routed(torch.full((40, 1), 3), torch.rand(40, 1)))
+    agree(one)
+    skipping = torch.tensor([[3, 5], [5, 5]]).repeat(20, 1)
+    agree(replace(case, router=Routed(skipping, torch.rand(40, 2))), mix="convex")
+
+
+def test_the_selection_bias_is_respected():
+    case = make_case(T=30, router={"score": "sigmoid", "normalize": True})
+    bias = torch.tensor([0.0, 5.0, 0.0, 5.0, 0.0])
+    biased = replace(case, router=replace(case.router, bias=bias))
+    agree(biased)
+    chosen_only = replace(case, router=Router(case.router.weight[[1, 3]], 2, True, "sigmoid"))
+    chosen_only = replace(chosen_only, experts=Experts(case.experts.gate_up[[1, 3]], case.experts.down[[1, 3]]))
+    assert relative_error(layer(biased), layer(chosen_only)) < 1e-5
+
+
+@pytest.mark.parametrize("leading", [(0,), (3, 0), (2, 3), (), (2, 1, 2)], ids=str)
+def test_leading_dimensions_are_kept(leading):
+    case = make_case()
+    x = torch.randn(*leading, 24, requires_grad=True)
+    y = layer(replace(case, x_TH=x))
+    assert y.shape == x.shape
+    flat = layer(replace(case, x_TH=x.detach().reshape(-1, 24)))
+    assert torch.equal(y.detach().reshape(-1, 24), flat)
+    y.sum().backward()
+    assert x.grad.shape == x.shape and torch.isfinite(x.grad).all()
+
+
+def test_no_tokens_give_zero_gradients_of_the_right_shape():
+    case = make_case(T=0).requiring()
+    layer(case).sum().backward()
+    for name, t in case.tensors().items():
+        assert t.grad is not None and t.grad.shape == t.shape and not t.grad.any(), name
+
+
+def test_a_non_contiguous_input_gives_the_same_bits():
+    case = make_case(T=24, H=24)
+    x = case.x_TH.t()
+    assert not x.is_contiguous()
+    assert torch.equal(layer(replace(case, x_TH=x)), layer(replace(case, x_TH=x.contiguous())))
+
+
+def test_strided_expert_weights_are_consumed_as_stored():
+    case = make_case()
+    wide = torch.randn(5, 24, 24 + 8)
+    strided = Experts(wide[:, :, :24], case.experts.down.transpose(1, 2).contiguous().transpose(1, 2))
+    dense = Experts(strided.gate_up.contiguous(), strided.down.contiguous())
+    got, want = layer(replace(case, experts=strided)), layer(replace(case, experts=dense))
+    assert relative_error(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("name", list(make_case().tensors()))
+def test_each_gradient_is_computed_exactly_when_asked_for(name):
+    case = make_case()
+    everything = run(case.to(torch.float32))
+    case = case.to(torch.float32).requiring(name)
+    y = layer(case)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).float()
+    y.backward(dy)
+    for other, t in case.tensors().items():
+        assert (t.grad is not None) == (other == name), other
+    assert torch.equal(case.tensors()[name].grad, everything[f"d {name}"])
+
+
+def test_frozen_inputs_give_an_output_without_a_graph():
+    assert layer(make_case()).grad_fn is None
+    with torch.no_grad():
+        assert layer(make_case().requiring()).grad_fn is None
+
+
+def test_router_logits_are_returned_and_differentiable():
+    case = make_case(T=6).requiring("x", "router.weight")
+    y, logits = layer(case, return_router_logits=True)
+    assert relative_error(logits, case.x_TH.double() @ case.router.weight.double().t()) < 1e-6
+    (y.sum() + (logits**2).sum()).backward()
+    got = case.router.weight.grad
+    exact = case.to(torch.float64).requiring("router.weight")
+    y, logits = layer(exact, return_router_logits=True, backend="reference")
+    (y.sum() + (logits**2).sum()).backward()
+    assert relative_error(got, exact.router.weight.grad) < 1e-5
+
+
+def test_a_float32_personal_expert_trains_beside_bfloat16_experts():
+    case = make_case(dtype=torch.bfloat16)
+    own = make_case(dtype=torch.float32).personal
+    case = replace(case, personal=own).requiring("personal.gate_up", "personal.gate_weight")
+    layer(case).float().sum().backward()
+    assert own.gate_up.grad.dtype == torch.float32 and own.gate_up.grad.any()
+    assert own.gate_weight.grad.dtype == torch.float32 and own.gate_weight.grad.any()
+
+
+def test_autocast_computes_in_its_dtype_and_returns_float32_gradients():
+    case = make_case().requiring()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(case)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in case.tensors().values())
+    assert relative_error(y, layer(case)) < 0.05
+
+
+@pytest.mark.parametrize("save", ["recompute", "preact"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph_gives_the_eager_values_and_gradients(save, dynamic):
+    torch._dynamo.reset()
+    eager, compiled = make_case(), make_case()
+    traced = torch.compile(lambda c: layer(c, save=save, mix="convex"), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    want = run(eager, save=save, mix="convex")
+    y = traced(compiled.requiring())
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(y.dtype)
+    named = compiled.tensors()
+    for name, grad in zip(named, torch.autograd.grad(y, list(named.values()), dy)):
+        assert torch.equal(grad, want[f"d {name}"]), name
+    assert torch.equal(y, want["y"])
+
+
+def test_compile_serves_another_number_of_tokens_without_a_graph_break():
+    torch._dynamo.reset()
+    traced = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (7, 12, 3):
+        case = make_case(T=T, seed=T)
+        assert torch.equal(traced(case), layer(case))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    want = run(make_case())
+    case = make_case().requiring()
+    y = checkpoint(lambda x: layer(replace(case, x_TH=x)), case.x_TH, use_reentrant=reentrant)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).float())
+    for name, t in case.tensors().items():
+        assert torch.equal(t.grad, want[f"d {name}"]), name
+
+
+def test_replay_under_checkpoint_contexts_keeps_the_routing_of_the_first_pass(monkeypatch):
+    """The replayed input is disturbed far enough that a second routing would choose other experts."""
+    case = make_case(T=64, E=8, K=2).requiring("personal.gate_up")
+    calls = []
+
+    def disturbed(x):
+        calls.append(len(calls))
+        return layer(replace(case, x_TH=x if len(calls) == 1 else x + 3.0))
+
+    routed = []
+    from flex_kernels import backends
+
+    module = backends.backend_module(backends.resolve_backend("auto", torch.device("cpu"), torch.float32))
+    original = module.route
+    monkeypatch.setattr(module, "route", lambda *a: routed.append(original(*a)) or routed[-1])
+    x = case.x_TH.detach().requires_grad_()
+    y = checkpoint(disturbed, x, use_reentrant=False, context_fn=checkpoint_contexts)
+    y.sum().backward()
+    assert calls == [0, 1], "the layer was not replayed"
+    assert len(routed) == 1, "replay routed again"
+
+
+def test_two_runs_give_the_same_bits_whatever_the_number_of_threads():
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(make_case(T=200, H=64, E=8, K=3, I=48)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert relative_error(other[name], value) < 1e-5, name
+    again = run(make_case(T=200, H=64, E=8, K=3, I=48))
+    twice = run(make_case(T=200, H=64, E=8, K=3, I=48))
+    assert all(torch.equal(again[n], twice[n]) for n in again)

@@ -1,0 +1,68 @@
+"""What the layer keeps for its backward pass, counted in bytes, and what it never allocates."""
+
+import pytest
+import torch
+from cases import make_case
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from flex_kernels import flex_moe
+
+
+def kept_bytes(case, save: str) -> int:
+    """Bytes of distinct storages saved for backward, without the parameters' own."""
+    owned = {t.untyped_storage().data_ptr() for name, t in case.tensors().items() if name != "x"}
+    found: dict[int, int] = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in owned:
+            found[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = flex_moe(case.x_TH, case.router, case.experts, case.personal, case.shared, save=save)
+    assert y.requires_grad
+    return sum(found.values())
+
+
+def training_case(T: int, dtype=torch.bfloat16):
+    case = make_case(T=T, H=256, E=16, K=4, I=128, dtype=dtype, personal_width=128, shared="none")
+    return case.requiring("x", "personal.gate_up", "personal.down", "personal.gate_weight", "personal.gate_bias")
+
+
+def test_recompute_keeps_x_ids_weights_and_gates_alone():
+    per_token = (kept_bytes(training_case(512), "recompute") - kept_bytes(training_case(256), "recompute")) / 256
+    H, K = 256, 4
+    assert per_token <= 2 * H + 12 * K
+
+
+def test_preact_keeps_the_pre_activations_too():
+    per_token = (kept_bytes(training_case(512), "preact") - kept_bytes(training_case(256), "preact")) / 256
+    H, K, I, personal_width = 256, 4, 128, 128
+    assert per_token <= 2 * H + 12 * K + 2 * (2 * I) * K + 2 * (2 * personal_width)
+
+
+class LargestAllocation(TorchDispatchMode):
+    """Records the largest tensor that any torch operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inputs = {t.untyped_storage().data_ptr() for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for t in tree_flatten(out)[0]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in inputs:
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("save", ["recompute", "preact"])
+def test_no_buffer_of_the_size_of_the_frozen_experts_is_ever_allocated(save):
+    case = training_case(64)
+    experts_bytes = case.experts.down.numel() * 2
+    with LargestAllocation() as seen:
+        flex_moe(case.x_TH, case.router, case.experts, case.personal, case.shared, save=save).sum().backward()
+    assert 0 < seen.bytes < experts_bytes / 2
