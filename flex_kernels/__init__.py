@@ -1,6 +1,6 @@
 """flex_kernels: the fused Mixture-of-Experts layer of FLEx (arXiv 2506.00965) with a personal expert and its gate."""
 
-from flex_kernels.backends import BackendStatus, backends
+from flex_kernels.dispatch import BackendStatus, backends
 from flex_kernels.checkpoint import checkpoint_contexts
 from flex_kernels.layer import flex_moe
 from flex_kernels.modules import FlexMoE

@@ -6,7 +6,7 @@ Letters: T tokens, H hidden, E routed experts, K chosen, I expert width, N = T*K
 ``experts``  the feed-forward blocks and their mix.     Saves x, ids, weights, gates, and Z only when asked.
 
 Each op dispatches to the backend named by its last argument. A backend is a module with ``route``,
-``route_backward``, ``experts_forward`` and ``experts_backward``; see :mod:`flex_kernels.backends`.
+``route_backward``, ``experts_forward`` and ``experts_backward``; see :mod:`flex_kernels.dispatch`.
 An optional tensor that a backend does not produce is returned with zero elements, never None.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flex_kernels.backends import backend_module
+from flex_kernels.dispatch import backend_module
 
 
 @torch.library.custom_op("flex_kernels::route", mutates_args=())

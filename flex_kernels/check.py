@@ -14,13 +14,16 @@ def describe(t: Tensor) -> str:
     return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device.type}"
 
 
+def pattern(shape: tuple[int | str, ...]) -> str:
+    return "[" + ", ".join(str(s) for s in shape) + "]"
+
+
 def check_tensor(name: str, t: object, shape: tuple[int | str, ...], device: torch.device) -> None:
     """``shape`` mixes sizes that must match with letters that may be anything."""
-    wanted = "[" + ", ".join(str(s) for s in shape) + "]"
     if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor {wanted}, got {type(t).__name__}")
+        raise TypeError(f"{name} must be a tensor {pattern(shape)}, got {type(t).__name__}")
     if t.ndim != len(shape) or any(isinstance(s, int) and s != n for s, n in zip(shape, t.shape)):
-        raise ValueError(f"{name} must be {wanted}, got {describe(t)}")
+        raise ValueError(f"{name} must be {pattern(shape)}, got {describe(t)}")
     if t.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(t)}")
     if t.device != device:
@@ -74,11 +77,12 @@ def check_router(
     if not isinstance(router, Router):
         raise TypeError(f"router must be a Router or Routed, got {type(router).__name__}")
     check_tensor("router.weight", router.weight, (experts, hidden), device)
-    shape = list(router.weight.shape)
     if not isinstance(router.top_k, int) or router.top_k < 1:
         raise ValueError(f"router.top_k must be an integer of at least 1, got {router.top_k!r}")
     if router.top_k > experts:
-        raise ValueError(f"top_k={router.top_k} exceeds the {experts} experts of router.weight {shape}")
+        raise ValueError(
+            f"top_k={router.top_k} exceeds the {experts} experts of router.weight {list(router.weight.shape)}"
+        )
     check_option("router.score", router.score, ("softmax", "sigmoid"))
     if router.bias is not None:
         check_tensor("router.bias", router.bias, (experts,), device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flex_kernels import autograd, reference
-from flex_kernels.backends import resolve_backend
+from flex_kernels.dispatch import resolve_backend
 from flex_kernels.check import check_arguments
 from flex_kernels.types import Experts, Mix, Personal, Routed, Router, Save, Shared
 

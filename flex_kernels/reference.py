@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flex_kernels.checkpoint import keep_ids
 from flex_kernels.types import Experts, Mix, Personal, Routed, Router, Shared
 
 
@@ -35,7 +36,7 @@ def route(x_TH: Tensor, router: Router) -> tuple[Tensor, Tensor, Tensor]:
     p_TE = logits_TE.softmax(-1) if router.score == "softmax" else logits_TE.sigmoid()
     choice_TE = p_TE.detach() if router.bias is None else p_TE.detach() + router.bias
     # A stable descending sort gives ties to the lowest index; torch.topk promises no order.
-    ids_TK = choice_TE.sort(dim=-1, descending=True, stable=True).indices[:, : router.top_k]
+    ids_TK = keep_ids(choice_TE.sort(dim=-1, descending=True, stable=True).indices[:, : router.top_k])
     weights_TK = p_TE.gather(1, ids_TK)
     if router.normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)

@@ -73,7 +73,6 @@ def route_backward(
     The logits are computed again from x: keeping them would cost 4 E bytes a token.
     """
     need_x, need_weight, need_gate_weight, need_gate_bias = needs
-    nothing = x_TH.new_empty(0)
     dgates_TG = (grad_gates_GT * gates_GT * (1 - gates_GT)).t()
     dlogits_TE = dgates_TG[:, :0]
     if weight_EH.shape[0]:
@@ -81,14 +80,14 @@ def route_backward(
         dlogits_TE = logits_gradient(grad_weights_TK, logits_TE, ids_TK, normalize, score, scale)
         if grad_logits_TE.numel():
             dlogits_TE += grad_logits_TE
-    dx_TH = nothing
+    dx_TH = x_TH.new_empty(0)
     if need_x:
         dx_TH = torch.empty_like(x_TH)
         drows_TR = torch.cat([dlogits_TE, dgates_TG], dim=1)
         rows_RH = torch.cat([weight_EH.float(), gate_weight_GH.float()])
         for rows in chunks(x_TH):
             dx_TH[rows] = drows_TR[rows] @ rows_RH
-    dweight_EH = weight_gradient(dlogits_TE, x_TH).to(weight_EH.dtype) if need_weight else nothing
-    dgate_weight_GH = weight_gradient(dgates_TG, x_TH) if need_gate_weight else nothing
-    dgate_bias_G = dgates_TG.sum(0) if need_gate_bias else nothing
+    dweight_EH = weight_gradient(dlogits_TE, x_TH).to(weight_EH.dtype) if need_weight else x_TH.new_empty(0)
+    dgate_weight_GH = weight_gradient(dgates_TG, x_TH) if need_gate_weight else x_TH.new_empty(0)
+    dgate_bias_G = dgates_TG.sum(0) if need_gate_bias else x_TH.new_empty(0)
     return dx_TH, dweight_EH, dgate_weight_GH, dgate_bias_G

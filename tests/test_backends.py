@@ -5,7 +5,7 @@ import torch
 from cases import make_case
 
 from flex_kernels import backends, flex_moe
-from flex_kernels.backends import resolve_backend
+from flex_kernels.dispatch import resolve_backend
 
 
 def test_every_backend_is_listed_with_a_sentence():
@@ -26,7 +26,9 @@ def test_an_available_backend_runs_and_a_missing_one_says_why():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "name"), [(torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "reference")], ids=str
+    ("dtype", "name"),
+    [(torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "reference")],
+    ids=str,
 )
 def test_auto_takes_the_fused_backend_of_the_device(dtype, name):
     assert resolve_backend("auto", torch.device("cpu"), dtype) == name

@@ -28,11 +28,15 @@ def kept_bytes(case, save: str) -> int:
 
 def training_case(T: int, dtype=torch.bfloat16):
     case = make_case(T=T, H=256, E=16, K=4, I=128, dtype=dtype, personal_width=128, shared="none")
-    return case.requiring("x", "personal.gate_up", "personal.down", "personal.gate_weight", "personal.gate_bias")
+    return case.requiring(
+        "x", "personal.gate_up", "personal.down", "personal.gate_weight", "personal.gate_bias"
+    )
 
 
 def test_recompute_keeps_x_ids_weights_and_gates_alone():
-    per_token = (kept_bytes(training_case(512), "recompute") - kept_bytes(training_case(256), "recompute")) / 256
+    per_token = (
+        kept_bytes(training_case(512), "recompute") - kept_bytes(training_case(256), "recompute")
+    ) / 256
     H, K = 256, 4
     assert per_token <= 2 * H + 12 * K
 
@@ -51,7 +55,11 @@ class LargestAllocation(TorchDispatchMode):
         self.bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        inputs = {t.untyped_storage().data_ptr() for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)}
+        inputs = {
+            t.untyped_storage().data_ptr()
+            for t in tree_flatten((args, kwargs))[0]
+            if isinstance(t, torch.Tensor)
+        }
         out = func(*args, **(kwargs or {}))
         for t in tree_flatten(out)[0]:
             if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in inputs:

@@ -40,8 +40,9 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f"flex_kernels.{name}")
 
 
+@torch.compiler.assume_constant_result
 def unavailable(name: str, device_type: str) -> str:
-    """Why ``name`` cannot run on tensors of ``device_type``; "" when it can."""
+    """Why ``name`` cannot run on tensors of ``device_type``; "" when it can. A constant to a tracer."""
     return "" if name == "reference" else backend_module(name).status(device_type)
 
 
