@@ -8,7 +8,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from flex.transformers_hook import register_with_transformers
+
 _HOMES = {
+    "Selection": "flex.select",
+    "mark_local": "flex.state",
+    "gates_shut": "flex.block",
     "Config": "flex.config",
     "GraftReport": "flex.grafting",
     "RunResult": "flex.federation",
@@ -38,3 +43,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(_HOMES))
+
+
+register_with_transformers()

@@ -1,0 +1,167 @@
+"""The grafted MoE block: takes the original's place, keeps its submodules, adds ``personal``.
+
+Letters: T tokens, H hidden, Is shared width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flex.models import Adapter, find_blocks
+from flex.models.base import check_shared
+from flex.personal import PersonalCopy, PersonalLoRA
+from flex_kernels import Routed, Router, Shared, flex_moe
+from flex_kernels.types import Mix, Save
+
+
+class GraftedBlock(nn.Module):
+    """One MoE block computed by the fused layer, with room for a personal expert.
+
+    The original's submodules, parameters and buffers are adopted as they are, under the same names: the keys
+    of the model's state dict do not change, ``personal.*`` is added to them. They are read, not called, so
+    forward hooks on them do not fire; the router is the exception (see
+    :meth:`flex.models.base.Adapter.route`).
+
+    Args:
+        original: the pretrained block.
+        adapter: of its architecture.
+        mix, save, backend: as in :func:`flex_kernels.flex_moe`.
+
+    Attributes:
+        personal: the client's expert and gate, or None: then the block is the pretrained one.
+        shut: True leaves ``personal`` out for the time being (see :func:`gates_shut`).
+    """
+
+    personal: PersonalCopy | PersonalLoRA | None
+
+    def __init__(
+        self,
+        original: nn.Module,
+        adapter: Adapter,
+        mix: Mix = "add",
+        save: Save = "recompute",
+        backend: str = "auto",
+    ):
+        super().__init__()
+        for name, child in original.named_children():
+            self.add_module(name, child)
+        for name, parameter in original.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in original.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=name not in original._non_persistent_buffers_set)
+        self.adapter = adapter
+        self.mix: Mix = mix
+        self.save: Save = save
+        self.backend = backend
+        self.shut = False
+        self.personal = None
+        self.shared_gate_up: Tensor | None = None
+        self.stack_shared()
+        self.train(original.training)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """y [..., H] for hidden_states [..., H]."""
+        experts = self.adapter.experts(self)
+        open_ = self.personal is not None and not self.shut
+        return flex_moe(
+            hidden_states,
+            self.route(hidden_states),
+            experts,
+            self.personal.record_over(experts) if open_ else None,  # type: ignore[union-attr]
+            self.shared(),
+            self.mix,
+            self.save,
+            self.backend,
+        )
+
+    def route(self, x: Tensor) -> Router | Routed:
+        return self.adapter.route(self, x.reshape(-1, x.shape[-1]))
+
+    def shared(self) -> Shared | None:
+        """The shared expert over its stacked weights [2 Is, H]; stacked anew when it is trained."""
+        parts = self.adapter.shared_parts(self)
+        if parts is None:
+            return None
+        module, _ = parts
+        check_shared(module, self.adapter.shared or "")
+        gate, up = module.gate_proj.weight, module.up_proj.weight
+        if gate.requires_grad or up.requires_grad:
+            return self.adapter.shared_expert(self)
+        # Someone may have given a projection other memory (quantisation, offloading); tracing cannot ask and
+        # trusts.
+        if not torch.compiler.is_compiling() and not self.is_stacked(gate, up):
+            self.stack_shared()
+        return self.adapter.shared_expert(self, self.shared_gate_up)
+
+    def is_stacked(self, gate: Tensor, up: Tensor) -> bool:
+        stack = self.shared_gate_up
+        if stack is None or stack.device != gate.device or stack.dtype != gate.dtype:
+            return False
+        return stack.data_ptr() == gate.data_ptr() and stack[gate.shape[0] :].data_ptr() == up.data_ptr()
+
+    @torch.no_grad()
+    def stack_shared(self) -> None:
+        """Lay the shared expert's gate and up weights in one [2 Is, H] memory, of which both become views.
+
+        The layer wants them stacked; this way nothing is kept twice and nothing is copied at a call.
+        """
+        parts = self.adapter.shared_parts(self)
+        if parts is None:
+            return
+        gate, up = parts[0].gate_proj.weight, parts[0].up_proj.weight
+        stack = torch.cat((gate.detach(), up.detach()))
+        gate.data, up.data = stack[: gate.shape[0]], stack[gate.shape[0] :]
+        self.shared_gate_up = stack
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.stack_shared()
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.adapter.architecture}, mix={self.mix!r}, save={self.save!r}, backend={self.backend!r}"
+
+
+def grafted_blocks(model: nn.Module) -> dict[str, GraftedBlock]:
+    """The grafted blocks of ``model`` in order, by name (without torch.compile's ``_orig_mod``).
+
+    Raises:
+        ValueError: there is none.
+    """
+    blocks = {
+        name.replace("_orig_mod.", ""): module
+        for name, module in model.named_modules()
+        if isinstance(module, GraftedBlock)
+    }
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} is not grafted: call flex.graft(model, calibration) first")
+    return blocks
+
+
+def moe_blocks(model: nn.Module) -> dict[str, tuple[nn.Module, Adapter]]:
+    """The MoE blocks of a model, grafted or not, in order: name -> (block, adapter).
+
+    Raises:
+        Unsupported: as :func:`flex.models.find_blocks`.
+    """
+    grafted = {n: m for n, m in model.named_modules() if isinstance(m, GraftedBlock)}
+    return {n: (m, m.adapter) for n, m in grafted.items()} or find_blocks(model)
+
+
+@contextmanager
+def gates_shut(model: nn.Module) -> Iterator[None]:
+    """Inside the block ``model`` computes what it did before grafting; an ungrafted model always does."""
+    blocks = [module for module in model.modules() if isinstance(module, GraftedBlock)]
+    before = [block.shut for block in blocks]
+    try:
+        for block in blocks:
+            block.shut = True
+        yield
+    finally:
+        for block, shut in zip(blocks, before):
+            block.shut = shut

@@ -1,0 +1,196 @@
+"""Grafting: every MoE block of a pretrained model gets the fused layer and a personal expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from flex.block import GraftedBlock, grafted_blocks
+from flex.models import find_blocks
+from flex.personal import PersonalCopy, PersonalLoRA
+from flex.select import Batch, Selection, select_experts
+from flex_kernels.check import check_option
+from flex_kernels.dispatch import resolve_backend
+from flex_kernels.types import Mix, Save
+
+PersonalKind = Literal["full", "lora"]
+
+
+@dataclass(frozen=True)
+class GraftReport:
+    """What :func:`graft` did.
+
+    Attributes:
+        experts: layer name -> the expert its personal one began as; None without personal experts.
+        selection: the errors behind the choice; None when the experts were given.
+        mix, personal: as asked for.
+        trainable: number of parameters that will be trained in the whole model, LoRA adapters included.
+        frozen: number of those that will not.
+    """
+
+    experts: dict[str, int | None]
+    selection: Selection | None
+    mix: Mix
+    personal: PersonalKind | None
+    trainable: int
+    frozen: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "experts": dict(self.experts),
+            "selection": None if self.selection is None else self.selection.to_dict(),
+            "mix": self.mix,
+            "personal": self.personal,
+            "trainable": self.trainable,
+            "frozen": self.frozen,
+        }
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Rows of strings, the header first."""
+        if self.selection is not None:
+            return self.selection.table()
+        rows = [(name, "none" if expert is None else str(expert)) for name, expert in self.experts.items()]
+        return [("layer", "expert"), *rows]
+
+
+def graft(
+    model: nn.Module,
+    calibration: Iterable[Batch] | None = None,
+    *,
+    mix: Mix = "add",
+    save: Save = "recompute",
+    backend: str = "auto",
+    personal: PersonalKind | None = "full",
+    rank: int = 16,
+    alpha: float = 16.0,
+    experts: Sequence[int] | None = None,
+    personal_dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> GraftReport:
+    """Put the fused FLEx layer in every MoE block of a Hugging Face model, in place, and freeze the rest.
+
+    The pretrained weights are neither copied nor renamed. LoRA adapters that :func:`flex.add_lora` put in
+    before stay trainable. With its gates shut the grafted model computes what it did before (in bf16 and fp16
+    up to the router's rounding: the fused layer scores experts in float32).
+
+    Args:
+        model: a supported architecture (Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V2 and V3).
+        calibration: batches of the client's tokens for :func:`flex.select_experts`; or give ``experts``.
+        mix, save, backend: of the layer, see :func:`flex_kernels.flex_moe`.
+        personal: "full" trains a whole copy of the expert, "lora" low-rank changes to it; None grafts the
+            fused layer alone.
+        rank, alpha: of the low-rank matrices with ``personal="lora"``.
+        experts: the expert to start from in every MoE layer, in order; skips selection.
+        personal_dtype: of the personal experts' matrices; None keeps the model's. float32 is what an
+            optimiser wants beside a bf16 model. Gates are float32 always.
+        generator: draws the low-rank start.
+
+    Returns:
+        A :class:`GraftReport`: which expert each layer took, and its error.
+
+    Raises:
+        Unsupported: the architecture or a setting of it; nothing has been changed.
+        TypeError, ValueError: an argument, or the calibration data; nothing has been changed.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    if any(isinstance(module, GraftedBlock) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is already grafted: "
+            "flex.personalize(model, selection) restarts its personal experts"
+        )
+    check_option("mix", mix, ("add", "convex"))
+    check_option("save", save, ("recompute", "preact"))
+    if personal is not None:
+        check_option("personal", personal, ("full", "lora"))
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank={rank!r} must be an integer of at least 1")
+    if personal_dtype is not None and not personal_dtype.is_floating_point:
+        raise TypeError(f"personal_dtype={personal_dtype} is not a float dtype")
+    check_one_source(calibration, experts, personal)
+
+    blocks = find_blocks(model)
+    for block, adapter in blocks.values():
+        weight = adapter.experts(block).gate_up
+        resolve_backend(backend, weight.device, weight.dtype)
+    counts = {name: adapter.experts(block).gate_up.shape[0] for name, (block, adapter) in blocks.items()}
+    selection = None if calibration is None else select_experts(model, calibration, backend)
+    chosen = [None] * len(blocks) if personal is None else resolve(selection or experts, counts)
+
+    for name, parameter in model.named_parameters():
+        if not any(part.startswith("lora_") for part in name.split(".")):
+            parameter.requires_grad_(False)
+    for (name, (block, adapter)), expert in zip(blocks.items(), chosen):
+        grafted = GraftedBlock(block, adapter, mix, save, backend)
+        if expert is not None:
+            frozen, row = adapter.experts(grafted), adapter.router(grafted).weight[expert]
+            if personal == "full":
+                grafted.personal = PersonalCopy(frozen, expert, row, personal_dtype)
+            else:
+                grafted.personal = PersonalLoRA(frozen, expert, row, personal_dtype, rank, alpha, generator)
+        model.set_submodule(name, grafted)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen_count = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return GraftReport(dict(zip(blocks, chosen)), selection, mix, personal, trainable, frozen_count)
+
+
+def personalize(
+    model: nn.Module, selection: Selection | Sequence[int], generator: torch.Generator | None = None
+) -> None:
+    """Restart every personal expert and gate of a grafted model from the chosen experts, in place.
+
+    This is how one model serves many simulated clients: no tensor is made or moved.
+
+    Args:
+        selection: of :func:`flex.select_experts`, or the expert of every MoE layer in order.
+        generator: draws the low-rank start of ``personal="lora"``.
+
+    Raises:
+        ValueError, TypeError: the model is not grafted with personal experts, or the choice does not fit its
+            layers.
+    """
+    blocks = grafted_blocks(model)
+    bare = next((name for name, block in blocks.items() if block.personal is None), None)
+    if bare is not None:
+        raise ValueError(
+            f"layer {bare} has no personal expert: graft the model with personal='full' or 'lora'"
+        )
+    counts = {name: block.adapter.experts(block).gate_up.shape[0] for name, block in blocks.items()}
+    for block, expert in zip(blocks.values(), resolve(selection, counts)):
+        assert block.personal is not None
+        row = block.adapter.router(block).weight[expert]
+        block.personal.restart(block.adapter.experts(block), expert, row, generator)
+
+
+def check_one_source(calibration: Any, experts: Any, personal: str | None) -> None:
+    given = [n for n, v in (("calibration", calibration), ("experts", experts)) if v is not None]
+    if personal is None and given:
+        raise ValueError(f"personal=None makes no personal experts, so {given[0]} has no use: leave it out")
+    if personal is not None and len(given) != 1:
+        raise ValueError(
+            f"give one of calibration (batches of token ids) and experts (an index per MoE layer), got "
+            f"{'both' if given else 'neither'}; personal=None grafts without personal experts"
+        )
+
+
+def resolve(choice: Any, counts: Mapping[str, int]) -> list[int]:
+    """The expert of every layer, checked against how many each layer has."""
+    if isinstance(choice, Selection):
+        names = [layer.layer.replace("_orig_mod.", "") for layer in choice.layers]
+        if names != list(counts):
+            raise ValueError(f"the selection is of the layers {names}, the model has {list(counts)}")
+        choice = choice.experts
+    if not isinstance(choice, Sequence) or isinstance(choice, str):
+        raise TypeError(f"experts must be a list of {len(counts)} indices, got {type(choice).__name__}")
+    if len(choice) != len(counts):
+        raise ValueError(f"experts has {len(choice)} indices, the model has {len(counts)} MoE layers")
+    for (name, count), expert in zip(counts.items(), choice):
+        if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < count:
+            raise ValueError(
+                f"experts: {expert!r} is not an expert of layer {name}, which has 0 to {count - 1}"
+            )
+    return list(choice)

@@ -1,0 +1,7 @@
+"""OLMoE: softmax router, no shared expert."""
+
+from __future__ import annotations
+
+from flex.models.base import Adapter
+
+ADAPTER = Adapter("olmoe", ("OlmoeSparseMoeBlock",))

@@ -1,0 +1,7 @@
+"""Qwen3-MoE: softmax router, no shared expert."""
+
+from __future__ import annotations
+
+from flex.models.base import Adapter
+
+ADAPTER = Adapter("qwen3_moe", ("Qwen3MoeSparseMoeBlock",))

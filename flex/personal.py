@@ -1,0 +1,118 @@
+"""The trained part of a grafted layer: the client's expert and gate, in full or low-rank.
+
+Letters: H hidden, E routed experts, I expert width, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flex_kernels import Experts, Personal
+from flex_kernels.modules import PersonalExpert
+
+
+class PersonalCopy(PersonalExpert):
+    """A personal expert trained in full: starts as a copy of routed expert ``expert``.
+
+    Args:
+        experts: gate_up [E, 2I, H] and down [E, H, I].
+        expert: which one to copy; kept in the buffer ``expert``, an int64 scalar.
+        gate_weight: [H], the gate's start: that expert's router row.
+        dtype: of the two matrices; None keeps the experts'. The gate is always float32.
+    """
+
+    expert: Tensor
+
+    def __init__(self, experts: Experts, expert: int, gate_weight: Tensor, dtype: torch.dtype | None = None):
+        super().__init__(experts.gate_up[expert], experts.down[expert], gate_weight, dtype)
+        self.register_buffer("expert", torch.tensor(expert, device=experts.gate_up.device))
+
+    def record_over(self, experts: Experts) -> Personal:
+        """The layer's argument; ``experts`` is not read, a full copy stands alone."""
+        return self.record()
+
+    @torch.no_grad()
+    def restart(
+        self, experts: Experts, expert: int, gate_weight: Tensor, generator: torch.Generator | None = None
+    ) -> None:
+        """Become a fresh copy of ``expert`` in the parameters that exist; ``generator`` is not used."""
+        self.gate_up.copy_(experts.gate_up[expert])
+        self.down.copy_(experts.down[expert])
+        self.gate_weight.copy_(gate_weight)
+        self.gate_bias.zero_()
+        self.expert.fill_(expert)
+
+
+class PersonalLoRA(nn.Module):
+    """A personal expert trained through LoRA (arXiv 2106.09685): W = W_expert + (alpha / R) out @ in.
+
+    The frozen W_expert is a view of the layer's own routed expert, never a copy. The sum is formed at each
+    call, 3 I H elements for one expert; autograd holds it between forward and backward.
+
+    Args:
+        experts, expert, gate_weight, dtype: as for :class:`PersonalCopy`; ``dtype`` of the low-rank matrices.
+        rank: R, at least 1.
+        alpha: the usual LoRA numerator.
+        generator: draws the ``in`` matrices (uniform, Kaiming, as in LoRA); ``out`` starts at zero.
+    """
+
+    expert: Tensor
+
+    def __init__(
+        self,
+        experts: Experts,
+        expert: int,
+        gate_weight: Tensor,
+        dtype: torch.dtype | None = None,
+        rank: int = 16,
+        alpha: float = 16.0,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        _, rows, hidden = experts.gate_up.shape
+        device, dtype = experts.gate_up.device, dtype or experts.gate_up.dtype
+        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
+
+        self.gate_up_in = empty(rank, hidden)
+        self.gate_up_out = empty(rows, rank)
+        self.down_in = empty(rank, rows // 2)
+        self.down_out = empty(hidden, rank)
+        self.gate_weight = nn.Parameter(torch.empty(hidden, dtype=torch.float32, device=device))
+        self.gate_bias = nn.Parameter(torch.empty((), dtype=torch.float32, device=device))
+        self.register_buffer("expert", torch.tensor(expert, device=experts.gate_up.device))
+        # A Python copy of the buffer, so that forward needs no read back from the device.
+        self.expert_index = expert
+        self.register_load_state_dict_post_hook(lambda module, keys: module.follow_buffer())
+        self.restart(experts, expert, gate_weight, generator)
+
+    def follow_buffer(self) -> None:
+        """Take the expert's index from the buffer, after the buffer was loaded."""
+        self.expert_index = int(self.expert)
+
+    @torch.no_grad()
+    def restart(
+        self, experts: Experts, expert: int, gate_weight: Tensor, generator: torch.Generator | None = None
+    ) -> None:
+        """Become ``expert`` itself (``out`` zero, ``in`` drawn anew) in the parameters that exist."""
+        for matrix in (self.gate_up_in, self.down_in):
+            bound = matrix.shape[1] ** -0.5
+            # Drawn on the CPU in float32: the same seed gives the same start on every device and dtype.
+            drawn = torch.rand(matrix.shape, generator=generator) * (2 * bound) - bound
+            matrix.copy_(drawn)
+        self.gate_up_out.zero_()
+        self.down_out.zero_()
+        self.gate_weight.copy_(gate_weight)
+        self.gate_bias.zero_()
+        self.expert.fill_(expert)
+        self.expert_index = expert
+
+    def record_over(self, experts: Experts) -> Personal:
+        """The layer's argument: the adapted expert, formed over the frozen one in ``experts``."""
+        base_gate_up, base_down = experts.gate_up[self.expert_index], experts.down[self.expert_index]
+        gate_up = base_gate_up + self.scale * (self.gate_up_out @ self.gate_up_in)
+        down = base_down + self.scale * (self.down_out @ self.down_in)
+        return Personal(gate_up, down, self.gate_weight, self.gate_bias)
