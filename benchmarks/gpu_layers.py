@@ -1,0 +1,158 @@
+"""The layer and its peers on the same tensors: what the GPU suite checks and measures.
+
+Letters: T tokens, H hidden, E experts, K chosen, I expert width, Is shared width.
+
+Every peer gets the same frozen weights, ids and weights, and computes the routed experts alone, as ours does
+beside it; the personal and shared experts are measured in cases of our own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from benchmarks.roofline import Layer
+from flex_kernels import Experts, Personal, Routed, Shared, flex_moe
+
+Forward = Callable[[Tensor], Tensor]
+# What a kernel or a peer that does not work on this machine raises; it is recorded, and the suite goes on.
+FAILURES: tuple[type[Exception], ...] = (RuntimeError, TypeError, AttributeError, NotImplementedError)
+if importlib.util.find_spec("triton"):
+    from triton.errors import TritonError
+
+    FAILURES += (TritonError,)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer with random weights, an input, and a routing decision."""
+
+    layer: Layer
+    x_TH: Tensor
+    ids_TK: Tensor
+    weights_TK: Tensor
+    gate_up_E2IH: Tensor
+    down_EHI: Tensor
+
+
+def make_problem(
+    layer: Layer, tokens: int, device: str, dtype: torch.dtype, skewed: bool = False, seed: int = 0
+) -> Problem:
+    """Unit-scale activations. ``skewed`` draws experts with Zipf's weights 1/1, 1/2, 1/3, ... instead of
+    evenly."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        values = torch.empty(shape, dtype=dtype, device=device)
+        return values.normal_(0, shape[-1] ** -0.5, generator=generator)
+
+    x_TH = torch.empty(tokens, layer.H, dtype=dtype, device=device).normal_(generator=generator)
+    odds_E = 1 / torch.arange(1, layer.E + 1, device=device) if skewed else torch.ones(layer.E, device=device)
+    ids_TK = torch.multinomial(odds_E.float().expand(tokens, -1), layer.K, generator=generator)
+    weights_TK = torch.rand(tokens, layer.K, device=device, generator=generator)
+    weights_TK = weights_TK / weights_TK.sum(1, keepdim=True)
+    gate_up, down = normal(layer.E, 2 * layer.I, layer.H), normal(layer.E, layer.H, layer.I)
+    return Problem(layer, x_TH, ids_TK.int(), weights_TK, gate_up, down)
+
+
+def ours(p: Problem, backend: str, save: str) -> Forward:
+    return lambda x: flex_moe(
+        x, Routed(p.ids_TK, p.weights_TK), Experts(p.gate_up_E2IH, p.down_EHI), save=save, backend=backend
+    )
+
+
+def ours_complete(p: Problem, backend: str, save: str) -> Forward:
+    """With the shared expert of the model, and a personal expert of the routed width whose parameters
+    train."""
+    layer, x = p.layer, p.x_TH
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=x.dtype, device=x.device) / shape[-1] ** 0.5
+
+    own = Personal(normal(2 * layer.I, layer.H), normal(layer.H, layer.I), normal(layer.H).float())
+    for t in (own.gate_up, own.down, own.gate_weight):
+        t.requires_grad_()
+    common = Shared(normal(2 * layer.Is, layer.H), normal(layer.H, layer.Is)) if layer.Is else None
+    experts, routed = Experts(p.gate_up_E2IH, p.down_EHI), Routed(p.ids_TK, p.weights_TK)
+    return lambda x: flex_moe(x, routed, experts, own, common, save=save, backend=backend)
+
+
+def transformers_experts(p: Problem, implementation: str) -> Forward:
+    """transformers' own experts module ("eager" or "grouped_mm") over the same frozen weights."""
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
+
+    layer = p.layer
+    config = SimpleNamespace(
+        num_experts=layer.E,
+        hidden_size=layer.H,
+        moe_intermediate_size=layer.I,
+        hidden_act="silu",
+        _experts_implementation=implementation,
+    )
+    with torch.device("meta"):
+        module = Qwen2MoeExperts(config)
+    module.gate_up_proj = torch.nn.Parameter(p.gate_up_E2IH, requires_grad=False)
+    module.down_proj = torch.nn.Parameter(p.down_EHI, requires_grad=False)
+    ids_TK, weights_TK = p.ids_TK.long(), p.weights_TK.to(p.x_TH.dtype)
+    return lambda x: module(x, ids_TK, weights_TK)
+
+
+def liger(p: Problem) -> Forward:
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    weights_TK = p.weights_TK.to(p.x_TH.dtype)
+    return lambda x: LigerFusedMoEFunction.apply(x, p.gate_up_E2IH, p.down_EHI, p.ids_TK, weights_TK)
+
+
+def scattermoe(p: Problem) -> Forward:
+    from scattermoe.mlp import GLUMLP
+
+    layer = p.layer
+    with torch.device("meta"):
+        module = GLUMLP(layer.H, layer.I, layer.E, layer.K)
+    # Its up rows come first, ours last.
+    up_first = p.gate_up_E2IH.roll(layer.I, dims=1)
+    module.experts.weight = torch.nn.Parameter(up_first, requires_grad=False)
+    module.output_experts.weight = torch.nn.Parameter(p.down_EHI, requires_grad=False)
+    ids_TK, weights_TK = p.ids_TK.long(), p.weights_TK.to(p.x_TH.dtype)
+    return lambda x: module(x, weights_TK, ids_TK)
+
+
+def dense(p: Problem) -> Forward:
+    """A dense SwiGLU of equal operations: T rows through one expert of width K*I, two library GEMMs."""
+    layer = p.layer
+    picked = [p.gate_up_E2IH[e % layer.E] for e in range(layer.K)]
+    gate = torch.cat([w[: layer.I] for w in picked])
+    up = torch.cat([w[layer.I :] for w in picked])
+    gate_up = torch.cat([gate, up])
+    down = torch.cat([p.down_EHI[e % layer.E] for e in range(layer.K)], dim=1)
+
+    def forward(x: Tensor) -> Tensor:
+        z_TI, u_TI = torch.nn.functional.linear(x, gate_up).chunk(2, dim=-1)
+        return torch.nn.functional.linear(torch.nn.functional.silu(z_TI) * u_TI, down)
+
+    return forward
+
+
+def contenders(p: Problem, backends: list[str]) -> dict[str, Callable[[], Forward]]:
+    """Builders by name: ours first, then what a user could choose instead. A missing peer raises
+    ImportError."""
+    found: dict[str, Callable[[], Forward]] = {}
+    for backend in backends:
+        for save in ("recompute", "preact"):
+            found[f"flex {backend} {save}"] = lambda backend=backend, save=save: ours(p, backend, save)
+    found["transformers grouped_mm"] = lambda: transformers_experts(p, "grouped_mm")
+    found["dense of equal FLOPs"] = lambda: dense(p)
+    found["liger fused_moe"] = lambda: liger(p)
+    found["scattermoe"] = lambda: scattermoe(p)
+    found["transformers eager"] = lambda: transformers_experts(p, "eager")
+    for backend in backends:
+        found[f"flex {backend} recompute, with personal and shared"] = lambda backend=backend: ours_complete(
+            p, backend, "recompute"
+        )
+    return found

@@ -1,0 +1,124 @@
+"""Which rows belong to which expert: a stable sort and a table of row tiles, without a host sync.
+
+Letters: T tokens, K chosen experts a token ("slots"), E experts, N = T*K rows in expert order, M row tiles.
+The index arrays are described in :mod:`flex_kernels.triton.common`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def permute(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(offsets_E1, order_N, inverse_N), all int32: a stable sort of the slots by expert, in plain torch.
+
+    Slots whose id is ``experts`` are skipped: they come last in ``order``, past offsets[E], and have inverse
+    -1.
+    """
+    flat_N = ids_TK.reshape(-1)
+    sorted_N, order_N = flat_N.sort(stable=True)
+    bounds_E1 = torch.arange(experts + 1, dtype=flat_N.dtype, device=flat_N.device)
+    offsets_E1 = torch.searchsorted(sorted_N, bounds_E1, out_int32=True)
+    rank_N = torch.arange(flat_N.numel(), dtype=torch.int32, device=flat_N.device)
+    inverse_N = torch.empty_like(rank_N).scatter_(0, order_N, torch.where(sorted_N < experts, rank_N, -1))
+    return offsets_E1, order_N.int(), inverse_N
+
+
+@triton.jit
+def tile_table_kernel(
+    offsets_ptr,  # (E+1,) int32
+    tile_expert_ptr,  # (M,) int32
+    tile_row_ptr,  # (M,) int32
+    tile_count_ptr,  # (1,) int32
+    E: tl.constexpr,
+    E_POW2: tl.constexpr,
+    BM: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Grid: E programs; program e writes the row tiles of expert e, and the last one the number of tiles."""
+    expert = tl.program_id(0)
+    e = tl.arange(0, E_POW2)
+    start_E = tl.load(offsets_ptr + e, mask=e <= expert, other=0)
+    end_E = tl.load(offsets_ptr + e + 1, mask=e <= expert, other=0)
+    tiles_E = (end_E - start_E + BM - 1) // BM
+    before = tl.sum(tl.where(e < expert, tiles_E, 0), axis=0)
+    own = tl.sum(tl.where(e == expert, tiles_E, 0), axis=0)
+    first_row = tl.load(offsets_ptr + expert)
+    for j in range(0, own, LANES):
+        lane = j + tl.arange(0, LANES)
+        tl.store(tile_expert_ptr + before + lane, expert + lane * 0, mask=lane < own)
+        tl.store(tile_row_ptr + before + lane, first_row + lane * BM, mask=lane < own)
+    if expert == E - 1:
+        tl.store(tile_count_ptr, before + own)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The rows of a grouped product.
+
+    Attributes:
+        rows: N, the number of rows that outputs have; real rows may be fewer where slots are skipped.
+        slots: K; row n is token order[n] // K.
+        block_m: rows a tile.
+        tile_bound: at least the number of tiles, known without asking the device.
+        order_N, offsets_E1, tile_expert_M, tile_row_M, tile_count_1: None for a dense expert, whose row n is
+            token n.
+    """
+
+    rows: int
+    slots: int
+    block_m: int
+    tile_bound: int
+    order_N: Tensor | None = None
+    offsets_E1: Tensor | None = None
+    tile_expert_M: Tensor | None = None
+    tile_row_M: Tensor | None = None
+    tile_count_1: Tensor | None = None
+
+    @property
+    def grouped(self) -> bool:
+        return self.order_N is not None
+
+    def pointers(self) -> tuple:
+        """The arguments that every grouped kernel takes, in order."""
+        return (
+            self.order_N,
+            self.offsets_E1,
+            self.tile_expert_M,
+            self.tile_row_M,
+            self.tile_count_1,
+            self.rows,
+        )
+
+
+def dense(tokens: int, block_m: int) -> Groups:
+    """One expert that owns every token."""
+    return Groups(tokens, 1, block_m, triton.cdiv(tokens, block_m))
+
+
+def grouped(offsets_E1: Tensor, order_N: Tensor, slots: int, block_m: int) -> Groups:
+    """The routed experts, cut into tiles of ``block_m`` rows that never cross from one expert to the next.
+
+    An expert wastes less than one tile, so there are at most N / block_m + min(E, N) tiles.
+    """
+    N, E = order_N.numel(), offsets_E1.numel() - 1
+    bound = N // block_m + min(E, N)
+    table_2M = torch.empty(2, bound, dtype=torch.int32, device=order_N.device)
+    tile_count_1 = torch.empty(1, dtype=torch.int32, device=order_N.device)
+    tile_table_kernel[(E,)](
+        offsets_E1,
+        table_2M[0],
+        table_2M[1],
+        tile_count_1,
+        E=E,
+        E_POW2=triton.next_power_of_2(E),
+        BM=block_m,
+        LANES=128,
+        num_warps=4,
+    )
+    return Groups(N, slots, block_m, bound, order_N, offsets_E1, table_2M[0], table_2M[1], tile_count_1)

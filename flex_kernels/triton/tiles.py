@@ -1,0 +1,159 @@
+"""Block sizes of the grouped kernels: the pinned plans, and how a tile becomes a launch.
+
+Letters: E experts, N rows. m, n, k are the block sizes of a tile: rows, output columns, reduced columns.
+A plan only decides speed, except that k fixes the order in which a product is summed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# Stands for Triton's interpreter in place of a compute capability.
+INTERPRETER = 0
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One kernel's launch.
+
+    Attributes:
+        m, n, k: block sizes; powers of two, at least 16.
+        group: row tiles that sweep the columns together.
+        warps, stages: warps a program, and the depth of the software pipeline.
+        tma: weights (and rows that need no gather) through tensor descriptors where their strides allow it.
+        per_sm: programs a multiprocessor of a persistent grid; 0 launches one program a tile.
+    """
+
+    m: int
+    n: int
+    k: int
+    group: int = 8
+    warps: int = 4
+    stages: int = 3
+    tma: bool = False
+    per_sm: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tiles of one set of experts; all have the same ``m``, so that one tile table serves them."""
+
+    up: Tile
+    down: Tile
+    down_backward: Tile
+    up_backward: Tile
+
+    @property
+    def m(self) -> int:
+        return self.up.m
+
+
+def same(tile: Tile) -> Plan:
+    return Plan(tile, tile, tile, tile)
+
+
+# 16-bit plans by (least compute capability, most rows an expert that the tile suits). They fit the shared
+# memory of every chip of that capability or above: 99 KiB for sm_80 (sm_86, sm_89 and sm_120 have no more),
+# 227 KiB for sm_90.
+AMPERE = {
+    16: same(Tile(16, 64, 128, group=1, warps=4, stages=2)),
+    32: same(Tile(32, 64, 64, group=2, warps=4, stages=3)),
+    64: same(Tile(64, 64, 64, group=4, warps=4, stages=3)),
+    128: Plan(
+        up=Tile(128, 64, 64, warps=8, stages=3),
+        down=Tile(128, 128, 64, warps=8, stages=3),
+        down_backward=Tile(128, 64, 64, warps=8, stages=3),
+        up_backward=Tile(128, 128, 64, warps=8, stages=3),
+    ),
+}
+HOPPER = {
+    16: same(Tile(16, 64, 128, group=1, warps=4, stages=4)),
+    32: same(Tile(32, 64, 128, group=2, warps=4, stages=4)),
+    64: same(Tile(64, 128, 64, group=4, warps=4, stages=4, tma=True)),
+    128: Plan(
+        up=Tile(128, 128, 64, warps=8, stages=4, tma=True, per_sm=1),
+        down=Tile(128, 256, 64, warps=8, stages=4, tma=True, per_sm=1),
+        down_backward=Tile(128, 128, 64, warps=8, stages=4, tma=True, per_sm=1),
+        up_backward=Tile(128, 256, 64, warps=8, stages=4, tma=True, per_sm=1),
+    ),
+}
+# float32 products run on the plain cores: small tiles, or the accumulators spill.
+FLOAT32 = {
+    16: same(Tile(16, 32, 32, group=1, warps=4, stages=2)),
+    64: same(Tile(64, 32, 16, group=4, warps=4, stages=2)),
+}
+# The interpreter runs a program at a time, in NumPy: what matters is that tiles are smaller than the tests'
+# shapes.
+INTERPRETED = {16: same(Tile(16, 64, 64, group=2, per_sm=3))}
+
+
+def pinned_plan(capability: int, itemsize: int, rows: int, experts: int) -> Plan:
+    """The plan used where nothing was tuned: it depends on sizes known to the host alone and benchmarks
+    nothing.
+
+    Args:
+        capability: 80, 90, ...; or INTERPRETER.
+        itemsize: bytes of an element of x.
+        rows: rows over all experts; experts: how many share them.
+    """
+    if capability == INTERPRETER:
+        plans = INTERPRETED
+    elif itemsize == 4:
+        plans = FLOAT32
+    else:
+        plans = HOPPER if capability >= 90 else AMPERE
+    each = rows / experts
+    return plans[min((m for m in plans if m >= each), default=max(plans))]
+
+
+def capability_of(device: torch.device) -> int:
+    """80 for sm_80, ...; INTERPRETER for a tensor that only the interpreter can reach."""
+    if device.type != "cuda":
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return 1 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def grid_size(tiles: int, tile: Tile, device: torch.device) -> int:
+    """Programs to launch for at most ``tiles`` tiles."""
+    return min(tiles, multiprocessors(device) * tile.per_sm) if tile.per_sm else tiles
+
+
+def descriptor(t: Tensor, block: tuple[int, ...]) -> TensorDescriptor | None:
+    """A tensor descriptor of ``t`` as stored, or None where the copy engine cannot address it.
+
+    It wants the last dimension dense, the others at multiples of 16 bytes, a 16-byte aligned start and no
+    empty dimension.
+    """
+    *outer, last = t.stride()
+    aligned = all(s * t.element_size() % 16 == 0 for s in outer) and t.data_ptr() % 16 == 0
+    if last != 1 or not aligned or not t.numel():
+        return None
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
+
+
+def candidates(capability: int, itemsize: int) -> dict[int, list[Tile]]:
+    """The few tiles that tuning tries for every product, by m: the pinned ones and their likely
+    neighbours."""
+    if itemsize == 4:
+        return {m: [plan.up] for m, plan in FLOAT32.items()}
+    pinned = HOPPER if capability >= 90 else AMPERE
+    found = {}
+    for m, plan in pinned.items():
+        tiles = {plan.up, plan.down, plan.down_backward}
+        tiles |= {replace(t, stages=t.stages - 1) for t in tuple(tiles) if t.stages > 2}
+        tiles |= {replace(t, n=64, warps=4) for t in tuple(tiles) if t.n > 64}
+        if capability >= 90:
+            tiles |= {replace(t, tma=False, per_sm=0) for t in tuple(tiles) if t.tma}
+        found[m] = sorted(tiles, key=lambda t: (t.n, t.k, t.warps, t.stages, t.tma))
+    return found

@@ -1,0 +1,169 @@
+"""Grouped up-projection with SwiGLU: Z = x [W1; W3]^T and A = silu(Z_gate) * Z_up, by expert.
+
+Letters: T tokens, H hidden, E experts, I expert width, N rows in expert order (N = T for a dense expert), M
+row tiles. The index arrays are described in :mod:`flex_kernels.triton.common`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flex_kernels.triton.common import column_halves, expert_rows, load_tile, row_tile_count, tile_coordinates
+from flex_kernels.triton.groups import Groups
+from flex_kernels.triton.tiles import Tile, descriptor, grid_size
+
+
+@triton.jit
+def store_swiglu(
+    gate_mn,
+    up_mn,
+    row_m,
+    inside_m,
+    first_col,
+    a_ptr,
+    z_ptr,
+    I: tl.constexpr,
+    WRITE_A: tl.constexpr,
+    WRITE_Z: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The epilogue on BN columns from ``first_col``."""
+    col_n = first_col + tl.arange(0, BN)
+    mask_mn = inside_m[:, None] & (col_n < I)[None, :]
+    row_m1 = row_m.to(tl.int64)[:, None]
+    if WRITE_Z:
+        z_mn = z_ptr + row_m1 * (2 * I) + col_n[None, :]
+        tl.store(z_mn, gate_mn.to(z_ptr.dtype.element_ty), mask=mask_mn)
+        tl.store(z_mn + I, up_mn.to(z_ptr.dtype.element_ty), mask=mask_mn)
+    if WRITE_A:
+        a_mn = gate_mn * tl.sigmoid(gate_mn) * up_mn
+        tl.store(a_ptr + row_m1 * I + col_n[None, :], a_mn.to(a_ptr.dtype.element_ty), mask=mask_mn)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def up_swiglu_kernel(
+    x_ptr,  # (T, H) contiguous
+    w,  # (E, 2I, H) of any strides; a tensor descriptor when TMA
+    a_ptr,  # (N, I) contiguous, or unused
+    z_ptr,  # (N, 2I) contiguous, or unused
+    order_ptr,  # (N,) int32
+    offsets_ptr,  # (E+1,) int32
+    tile_expert_ptr,  # (M,) int32
+    tile_row_ptr,  # (M,) int32
+    tile_count_ptr,  # (1,) int32
+    rows,  # N of a dense expert
+    stride_we,
+    stride_wi,
+    stride_wh,
+    up_offset,  # I * stride_wi
+    H: tl.constexpr,
+    I: tl.constexpr,
+    SLOTS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    WRITE_A: tl.constexpr,
+    WRITE_Z: tl.constexpr,
+    TMA: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Grid: any number of programs; program p computes tiles p, p + programs, ... of [BM rows, BN of the I
+    columns].
+
+    A tile needs two accumulators, gate and up, from one pass over x. Reads 2 (BM + 2 BN) H bytes and writes
+    2 BM BN (and twice that for Z) in 16-bit types. Rows of x are gathered in the load; rows past the expert's
+    end repeat its last row and are not stored.
+    """
+    N_TILES: tl.constexpr = (I + BN - 1) // BN
+    m_tiles = row_tile_count(tile_count_ptr, rows, GROUPED, BM)
+    for tile in tl.range(tl.program_id(0), m_tiles * N_TILES, tl.num_programs(0)):
+        m, n = tile_coordinates(tile, m_tiles, N_TILES, GROUP_M)
+        expert, first, end = expert_rows(m, offsets_ptr, tile_expert_ptr, tile_row_ptr, rows, GROUPED, BM)
+        row_m = first + tl.arange(0, BM)
+        source_m = tl.minimum(row_m, end - 1)
+        if GROUPED:
+            source_m = tl.load(order_ptr + source_m) // SLOTS
+        col_n = n * BN + tl.arange(0, BN)
+        k_k = tl.arange(0, BK)
+        x_mk = x_ptr + source_m.to(tl.int64)[:, None] * H + k_k[None, :]
+        if not TMA:
+            w_kn = w + expert.to(tl.int64) * stride_we + col_n.to(tl.int64)[None, :] * stride_wi
+            w_kn += k_k[:, None] * stride_wh
+        gate_mn = tl.zeros((BM, BN), dtype=tl.float32)
+        up_mn = tl.zeros((BM, BN), dtype=tl.float32)
+        for k in range(0, H, BK):
+            x_tile = load_tile(x_mk + k, True, (k_k < H - k)[None, :], True, H % BK == 0)
+            if TMA:
+                gate_kn = w.load([expert, n * BN, k]).reshape(BN, BK).T
+                up_kn = w.load([expert, I + n * BN, k]).reshape(BN, BK).T
+            else:
+                k_mask, n_mask = (k_k < H - k)[:, None], (col_n < I)[None, :]
+                gate_kn = load_tile(w_kn, k_mask, n_mask, H % BK == 0, I % BN == 0)
+                up_kn = load_tile(w_kn + up_offset, k_mask, n_mask, H % BK == 0, I % BN == 0)
+                w_kn += BK * stride_wh
+            gate_mn = tl.dot(x_tile, gate_kn, gate_mn, input_precision="ieee")
+            up_mn = tl.dot(x_tile, up_kn, up_mn, input_precision="ieee")
+        left_gate, right_gate = column_halves(gate_mn, BM, BN)
+        left_up, right_up = column_halves(up_mn, BM, BN)
+        store_swiglu(
+            left_gate, left_up, row_m, row_m < end, n * BN, a_ptr, z_ptr, I, WRITE_A, WRITE_Z, BN // 2
+        )
+        store_swiglu(
+            right_gate,
+            right_up,
+            row_m,
+            row_m < end,
+            n * BN + BN // 2,
+            a_ptr,
+            z_ptr,
+            I,
+            WRITE_A,
+            WRITE_Z,
+            BN // 2,
+        )
+
+
+def up_swiglu(
+    x_TH: Tensor, gate_up_E2IH: Tensor, groups: Groups, tile: Tile, want_act: bool, want_preact: bool
+) -> tuple[Tensor, Tensor]:
+    """(A [N, I], Z [N, 2I]) in x's dtype, zero elements where not wanted; rows past the last real one are not
+    written.
+
+    Args:
+        x_TH: [T, H], contiguous.
+        gate_up_E2IH: [E, 2I, H], any strides, gate rows first.
+        groups: which rows belong to which expert.
+        tile: block sizes; ``tile.m`` must be ``groups.block_m``.
+    """
+    _E, two_I, H = gate_up_E2IH.shape
+    I = two_I // 2
+    act_NI = x_TH.new_empty((groups.rows, I) if want_act else (0,))
+    preact_N2I = x_TH.new_empty((groups.rows, two_I) if want_preact else (0,))
+    described = descriptor(gate_up_E2IH, (1, tile.n, tile.k)) if tile.tma else None
+    grid = (grid_size(groups.tile_bound * triton.cdiv(I, tile.n), tile, x_TH.device),)
+    up_swiglu_kernel[grid](
+        x_TH,
+        gate_up_E2IH if described is None else described,
+        act_NI,
+        preact_N2I,
+        *groups.pointers(),
+        *gate_up_E2IH.stride(),
+        I * gate_up_E2IH.stride(1),
+        H=H,
+        I=I,
+        SLOTS=groups.slots,
+        GROUPED=groups.grouped,
+        WRITE_A=want_act,
+        WRITE_Z=want_preact,
+        TMA=described is not None,
+        BM=tile.m,
+        BN=tile.n,
+        BK=tile.k,
+        GROUP_M=tile.group,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return act_NI, preact_N2I

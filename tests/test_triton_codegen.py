@@ -1,0 +1,94 @@
+"""What the compiler makes of the Triton kernels for sm_80 and sm_90, with no GPU: instructions, spills,
+resources.
+
+After a wanted change: ``python -m flex_kernels.triton.codegen tests/triton_codegen_baseline.json``.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from flex_kernels.triton import codegen, tiles  # noqa: E402
+
+BASELINE = Path(__file__).parent / "triton_codegen_baseline.json"
+GATHERED = ("up_swiglu", "down_backward")
+PRODUCTS = ("up_swiglu", "down", "up_backward", "weight_grad", "route")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return codegen.compile_all(codegen.cases())
+
+
+def kernel(case: str) -> str:
+    return case.split()[-1]
+
+
+def test_no_kernel_spills(compiled):
+    assert {name: r.stack for name, r in compiled.items() if r.stack} == {}
+
+
+def test_shared_memory_fits_every_chip_of_the_generation(compiled):
+    for name, r in compiled.items():
+        assert r.shared <= codegen.SHARED_LIMIT[int(name[3:5])], name
+
+
+def test_every_16_bit_product_runs_on_the_tensor_cores(compiled):
+    for name, r in compiled.items():
+        if "bf16" in name and kernel(name).startswith(PRODUCTS):
+            # wgmma takes 64 rows at least.
+            narrow = name.startswith("sm_80") or "m16" in name or kernel(name) == "route"
+            assert r.mma > 0 if narrow else r.wgmma > 0, f"{name}: {r}"
+
+
+def test_float32_products_stay_off_the_tensor_cores(compiled):
+    for name, r in compiled.items():
+        if "fp32" in name:
+            assert r.wgmma == r.mma == 0, f"{name}: tf32 would lose 13 bits of float32"
+
+
+def test_hopper_fetches_weights_with_the_copy_engine(compiled):
+    for name, r in compiled.items():
+        if "sm_90 bf16 m128" in name or "sm_90 bf16 m64" in name:
+            assert r.tma_load > 0, f"{name}: {r}"
+
+
+def test_gathered_rows_are_copied_16_bytes_at_a_time(compiled):
+    for name, r in compiled.items():
+        if "bf16" in name and kernel(name).startswith(GATHERED):
+            assert r.cp_async > 0, f"{name}: {r}"
+
+
+def test_nothing_got_worse_than_the_committed_baseline(compiled):
+    baseline = json.loads(BASELINE.read_text()).get(triton.__version__)
+    if baseline is None:
+        pytest.skip(f"no baseline for triton {triton.__version__}: the limits above still hold")
+    assert baseline.keys() == compiled.keys(), "run the command in this file's docstring"
+    for name, r in compiled.items():
+        was = baseline[name]
+        assert r.registers <= was["registers"] + 8, (
+            f"{name}: {r.registers} registers, were {was['registers']}"
+        )
+        assert r.shared <= was["shared"], f"{name}: {r.shared} bytes of shared memory, were {was['shared']}"
+        assert r.occupancy >= was["occupancy"], f"{name}: occupancy {r.occupancy}, was {was['occupancy']}"
+        for counted in ("wgmma", "mma", "tma_load", "cp_async"):
+            now, then = getattr(r, counted), was[counted]
+            assert (now > 0) == (then > 0), f"{name}: {now} {counted} instructions, were {then}"
+
+
+def test_occupancy_is_what_the_tightest_resource_allows():
+    # 168 registers of 256 threads: 43008 of 65536. 100 KiB: two in 228 KiB. 8 warps: 64 / 8.
+    assert codegen.occupancy(registers=168, shared=1024, warps=8, capability=90) == 1
+    assert codegen.occupancy(registers=32, shared=100 * 1024, warps=8, capability=90) == 2
+    assert codegen.occupancy(registers=32, shared=1024, warps=8, capability=90) == 8
+
+
+@pytest.mark.parametrize(
+    "plans", [tiles.AMPERE, tiles.HOPPER, tiles.FLOAT32], ids=["ampere", "hopper", "float32"]
+)
+def test_every_tile_of_a_plan_shares_its_tile_table(plans):
+    for m, plan in plans.items():
+        assert {plan.up.m, plan.down.m, plan.down_backward.m, plan.up_backward.m} == {m}
