@@ -1,0 +1,113 @@
+// Python's view of the CPU kernels: module flex_kernels._cpu_ops.
+//
+// Tensors arrive as addresses and sizes, checked by flex_kernels/cpu/native.py, so that one binary serves every torch
+// version. The interpreter's lock is released while a kernel runs.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu/dispatch.h"
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using flex::kernels;
+using flex::Segment;
+using Address = uintptr_t;
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+template <class T>
+T* at(Address address) { return reinterpret_cast<T*>(address); }
+
+void set_isa(const std::string& name) {
+  if (!flex::use_kernels(name.c_str()))
+    throw std::invalid_argument("isa='" + name + "' is not one that this processor and build can run");
+}
+
+// Bytes of scratch that one thread needs for segments of at most `rows` rows and operands of `longest` elements.
+int64_t scratch_bytes(int64_t longest, int64_t rows) {
+  const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  const int64_t b = flex::kBlockColumns * smaller(longest, flex::kBlockWords);
+  const int64_t a = flex::kPanelRows * (flex::kBlockWords + 16);
+  return 4 * (b + a + 3 * flex::kPartialColumns * smaller(rows, flex::kBlockRows));
+}
+
+void need_fused() {
+  if (!kernels().fused) throw std::runtime_error(std::string("the ") + kernels().name + " kernels are not fused");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu_ops, m) {
+  m.doc() = "CPU kernels of flex_kernels; called through flex_kernels.cpu.native.";
+
+  m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
+  m.def("fused", [] { return kernels().fused; }, "Whether the fused feed-forward kernels exist for it.");
+  m.def("set_isa", &set_isa, "Use 'avx512', 'avx2', 'generic', or 'auto' for the best; ValueError if it cannot run.");
+  m.def("isas", [] {
+    py::list names;
+    for (const flex::Kernels* k : {flex::avx512_kernels(), flex::avx2_kernels(), flex::generic_kernels()})
+      if (k) names.append(k->name);
+    return names;
+  }, "The instruction sets that can run here, best first.");
+  m.attr("SEGMENT_WORDS") = sizeof(Segment) / sizeof(int64_t);
+  m.attr("PARTIAL_COLUMNS") = flex::kPartialColumns;
+  m.def("scratch_bytes", &scratch_bytes);
+
+  m.def("gather_rows", [](Address source, Address tokens, Address out, int64_t rows, int64_t bytes, int threads) {
+    flex::gather_rows(at<void>(source), at<int32_t>(tokens), at<void>(out), rows, bytes, threads);
+  }, Unlocked());
+  m.def("sort_rows", [](Address ids, int64_t slots, int64_t experts, Address offsets, Address order) {
+    flex::sort_rows(at<int32_t>(ids), slots, experts, at<int32_t>(offsets), at<int32_t>(order));
+  }, Unlocked());
+  m.def("choose", [](Address logits, int64_t ld, Address bias, int64_t tokens, int64_t experts, int64_t top_k,
+                     bool normalize, bool sigmoid, float scale, Address ids, Address weights, Address scratch,
+                     int threads) {
+    flex::choose(at<float>(logits), ld, at<float>(bias), tokens, experts, top_k, normalize, sigmoid, scale,
+                 at<int32_t>(ids), at<float>(weights), at<float>(scratch), threads);
+  }, Unlocked());
+  m.def("open_gates", [](Address logits, int64_t ld, int64_t first, Address bias, int64_t tokens, int64_t count,
+                         Address gates, int threads) {
+    flex::open_gates(at<float>(logits), ld, first, at<float>(bias), tokens, count, at<float>(gates), threads);
+  }, Unlocked());
+
+  m.def("swiglu", [](int dtype, Address z, Address a, int64_t rows, int64_t width, int threads) {
+    kernels().swiglu(dtype, at<void>(z), at<void>(a), rows, width, threads);
+  }, Unlocked());
+  m.def("swiglu_backward", [](int dtype, Address z, Address da, Address scale, Address dz, Address dscale,
+                              Address scaled, int64_t rows, int64_t width, int threads) {
+    kernels().swiglu_backward(dtype, at<void>(z), at<void>(da), at<float>(scale), at<void>(dz), at<float>(dscale),
+                              at<void>(scaled), rows, width, threads);
+  }, Unlocked());
+  m.def("scatter_add", [](int dtype, Address source, Address tokens, Address scale, Address out, int64_t rows,
+                          int64_t columns, int threads) {
+    kernels().scatter_add(dtype, at<void>(source), at<int32_t>(tokens), at<float>(scale), at<float>(out), rows,
+                          columns, threads);
+  }, Unlocked());
+
+  m.def("up", [](int dtype, Address x, int64_t hidden, Address segments, int64_t count, Address scratch,
+                 int64_t bytes, int threads) {
+    need_fused();
+    kernels().up(dtype, at<void>(x), hidden, at<Segment>(segments), count, at<void>(scratch), bytes, threads);
+  }, Unlocked());
+  m.def("down", [](int dtype, Address segments, int64_t count, int64_t hidden, Address out, Address scratch,
+                   int64_t bytes, int threads) {
+    need_fused();
+    kernels().down(dtype, at<Segment>(segments), count, hidden, at<float>(out), at<void>(scratch), bytes, threads);
+  }, Unlocked());
+  m.def("up_backward", [](int dtype, Address x, Address dy, int64_t hidden, Address segments, int64_t count,
+                          Address partial, Address scratch, int64_t bytes, int threads) {
+    need_fused();
+    kernels().up_backward(dtype, at<void>(x), at<void>(dy), hidden, at<Segment>(segments), count, at<float>(partial),
+                          at<void>(scratch), bytes, threads);
+  }, Unlocked());
+  m.def("down_backward", [](int dtype, Address segments, int64_t count, int64_t hidden, Address dx, Address scratch,
+                            int64_t bytes, int threads) {
+    need_fused();
+    kernels().down_backward(dtype, at<Segment>(segments), count, hidden, at<float>(dx), at<void>(scratch), bytes,
+                            threads);
+  }, Unlocked());
+}

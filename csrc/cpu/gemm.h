@@ -1,0 +1,131 @@
+// Products of a block of rows with weights as stored, for the vector ISAs: C [rows, columns] += A [rows, k] B.
+//
+// B is packed, a block of the reduced dimension at a time, into panels of kPanelColumns columns whose words (see
+// kernels.h) lie [word][column]; A's rows are copied, gathered where need be, to a fixed stride, so that twelve rows
+// never share a cache set. Both fit in the caches of one core. Include vector_*.h and rows.h first.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace {
+
+using flex::kBlockColumns;
+using flex::kBlockRows;
+using flex::kBlockWords;
+
+constexpr int kPanelColumns = 2 * W;
+constexpr int kPanels = kBlockColumns / kPanelColumns;
+// One cache line more than a power of two.
+constexpr int64_t kRowWords = kBlockWords + 16;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Up to kPanelColumns columns of B. Transposed: column j is the row `base + j * ld` of the weight, contiguous along
+// k. Plain: word k of column j is `base[k * ld + j]`.
+template <class E>
+struct Panel {
+  const typename E::T* base;
+  int64_t ld;
+  int columns;
+  bool transposed;
+};
+
+template <class T>
+inline void prefetch(const T* p, int elements) {
+  for (int byte = 0; byte < elements * static_cast<int>(sizeof(T)); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
+}
+
+}  // namespace
+
+#if defined(__AVX512F__)
+#include "cpu/pack_avx512.h"
+#else
+#include "cpu/pack_avx2.h"
+#endif
+
+namespace {
+
+// c [M, kPanelColumns] (+)= a [M, words] b [words, kPanelColumns]
+template <class P, int M>
+void micro(int64_t words, const float* a, const float* b, float* c, int64_t ldc, bool accumulate) {
+  V sums[M][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) sums[i][0] = sums[i][1] = set1(0.0f);
+  for (int64_t k = 0; k < words; ++k) {
+    const V b0 = Float32::load(b + k * kPanelColumns), b1 = Float32::load(b + k * kPanelColumns + W);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const V word = set1(a[i * kRowWords + k]);
+      sums[i][0] = P::multiply_add(word, b0, sums[i][0]);
+      sums[i][1] = P::multiply_add(word, b1, sums[i][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    float* row = c + i * ldc;
+    if (accumulate) {
+      sums[i][0] = add(sums[i][0], Float32::load(row));
+      sums[i][1] = add(sums[i][1], Float32::load(row + W));
+    }
+    Float32::store(row, sums[i][0]);
+    Float32::store(row + W, sums[i][1]);
+  }
+}
+
+template <class P>
+struct Micro {
+  using Function = void (*)(int64_t, const float*, const float*, float*, int64_t, bool);
+  static Function of(int rows) {
+    static const Function table[] = {
+        micro<P, 1>, micro<P, 2>, micro<P, 3>, micro<P, 4>, micro<P, 5>, micro<P, 6>,
+#if defined(__AVX512F__)
+        micro<P, 7>, micro<P, 8>, micro<P, 9>, micro<P, 10>, micro<P, 11>, micro<P, 12>,
+#endif
+    };
+    return table[rows - 1];
+  }
+  static constexpr int kMost = W == 16 ? 12 : 6;
+};
+
+// One thread's buffers, carved from its piece of the caller's scratch.
+struct Workspace {
+  float* b;  // [kPanels][block words][kPanelColumns]
+  float* a;  // [Micro::kMost][kRowWords]
+  float* c;  // [rows][kBlockColumns], in the backward pass half as wide again
+
+  Workspace(void* scratch, int64_t bytes, int thread, int64_t longest) {
+    b = reinterpret_cast<float*>(static_cast<char*>(scratch) + bytes * thread);
+    a = b + kBlockColumns * smaller(longest, kBlockWords);
+    c = a + flex::kPanelRows * kRowWords;
+  }
+};
+
+// C [rows, count * kPanelColumns] = A B for panels of B; row r of A is `base + (index ? index[r] : r) * lda`.
+template <class E>
+void product(const typename E::T* base, int64_t lda, const int32_t* index, int64_t rows, int64_t k,
+             const Panel<E>* panels, int count, float* c, int64_t ldc, const Workspace& work) {
+  using P = Packing<E>;
+  // Equal blocks of whole cache lines: 704 words go as 704, 1408 as two of 704.
+  const int64_t all = pieces(k, P::kPerWord), blocks = pieces(all, kBlockWords);
+  const int64_t block = blocks ? pieces(pieces(all, blocks), 16) * 16 * P::kPerWord : 1;
+  const int64_t steps = pieces(rows, Micro<P>::kMost);
+  for (int64_t k0 = 0; k0 < k; k0 += block) {
+    const int64_t length = smaller(block, k - k0), words = pieces(length, P::kPerWord);
+    P::pack(panels, count, k0, length, work.b);
+    for (int64_t step = 0; step < steps; ++step) {
+      // Rows are shared out evenly: 13 go as 7 and 6, never as 12 and 1.
+      const int64_t first_row = rows * step / steps, some = rows * (step + 1) / steps - first_row;
+      for (int64_t i = 0; i < some; ++i) {
+        const int64_t row = index ? index[first_row + i] : first_row + i;
+        P::pack_row(base + row * lda + k0, length, work.a + i * kRowWords);
+      }
+      const auto run = Micro<P>::of(static_cast<int>(some));
+      for (int p = 0; p < count; ++p)
+        run(words, work.a, work.b + p * words * kPanelColumns, c + first_row * ldc + p * kPanelColumns, ldc, k0 > 0);
+    }
+  }
+}
+
+}  // namespace

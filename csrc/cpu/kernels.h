@@ -1,0 +1,85 @@
+// The CPU kernels as seen by the bindings: one table of functions for each instruction set.
+//
+// Letters: T tokens, H hidden, E routed experts, K chosen, I expert width, n rows of one segment.
+// All matrices are row-major; a leading dimension (ld) counts elements between rows. No function throws.
+#pragma once
+
+#include <cstdint>
+
+namespace flex {
+
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// One expert and the rows it serves: y[tokens[n]] += scale[n] * E(x[tokens[n]]). Twelve int64 words, so that Python
+// can lay out an array of them as an integer matrix. Addresses that a function does not need may be 0.
+struct Segment {
+  int64_t gate_up;     // [2I, H] address, gate rows first
+  int64_t gate_up_ld;
+  int64_t down;        // [H, I] address
+  int64_t down_ld;
+  int64_t width;       // I
+  int64_t rows;        // n
+  int64_t tokens;      // [n] int32 address
+  int64_t scale;       // [n] float address
+  int64_t hidden;      // forward: a [n, I]; backward: dz [n, 2I]; in x's dtype
+  int64_t preact;      // z [n, 2I] in x's dtype: written by the forward pass, read by the backward pass; 0 for none
+  int64_t dscale;      // backward: [n] float, <da, a> of each row
+  int64_t scaled;      // backward: scale * a, [n, I] in x's dtype; 0 for none
+};
+
+// Geometry of the fused kernels' scratch, the same for every instruction set. A "word" is 32 bits of packed operand:
+// one float32, or two neighbouring bfloat16 along the reduced dimension.
+constexpr int64_t kBlockWords = 768;    // words of the reduced dimension packed at a time
+constexpr int64_t kBlockColumns = 128;  // columns of a product computed at a time (shared among its weight matrices)
+constexpr int64_t kBlockRows = 192;     // rows of a product computed at a time
+constexpr int64_t kPartialColumns = 64; // columns of I in a part sum of dscale: a third of a backward block
+constexpr int64_t kPanelRows = 12;      // rows in registers at a time, at most
+
+struct Kernels {
+  const char* name;
+  // Whether the fused functions below exist; the plain build leaves products to torch.
+  bool fused;
+
+  // a[r, :] = silu(z[r, :I]) * z[r, I:]
+  void (*swiglu)(int dtype, const void* z, void* a, int64_t rows, int64_t width, int threads);
+  // dscale[r] = <da, a>; dz = scale * da * da/dz; scaled = scale * a unless null. dz may be z.
+  void (*swiglu_backward)(int dtype, const void* z, const void* da, const float* scale, void* dz, float* dscale,
+                          void* scaled, int64_t rows, int64_t width, int threads);
+  // out[tokens[r], :] += scale[r] * rows[r, :], r ascending; scale null means 1.
+  void (*scatter_add)(int dtype, const void* source, const int32_t* tokens, const float* scale, float* out,
+                      int64_t rows, int64_t columns, int threads);
+
+  // The expert feed-forward on blocks of rows. This is the seam for kernels on other units (AMX): same tables, same
+  // results. `scratch` holds `threads` pieces of scratch_bytes().
+  void (*up)(int dtype, const void* x, int64_t hidden, const Segment* segments, int64_t count, void* scratch,
+             int64_t scratch_bytes, int threads);
+  void (*down)(int dtype, const Segment* segments, int64_t count, int64_t hidden, float* out, void* scratch,
+               int64_t scratch_bytes, int threads);
+  // `partial` holds, for every segment in turn, rows * ceil(I / kPartialColumns) floats.
+  void (*up_backward)(int dtype, const void* x, const void* dy, int64_t hidden, const Segment* segments,
+                      int64_t count, float* partial, void* scratch, int64_t scratch_bytes, int threads);
+  void (*down_backward)(int dtype, const Segment* segments, int64_t count, int64_t hidden, float* dx, void* scratch,
+                        int64_t scratch_bytes, int threads);
+};
+
+const Kernels* generic_kernels();
+const Kernels* avx2_kernels();    // null where this build or this processor lacks it
+const Kernels* avx512_kernels();  // AVX-512 F, BW, DQ, VL and BF16
+
+// Rows of `source` [., bytes] picked by `tokens` into `out` [rows, bytes].
+void gather_rows(const void* source, const int32_t* tokens, void* out, int64_t rows, int64_t bytes, int threads);
+
+// Stable counting sort of ids [slots] by expert; ids outside [0, experts) take no place.
+void sort_rows(const int32_t* ids, int64_t slots, int64_t experts, int32_t* offsets, int32_t* order);
+
+// Scores of logits [tokens, ld], columns [0, experts); the top_k best by score + bias (null for none), ties to the
+// lowest index. weights = scale * score, divided by the sum of the chosen when `normalize`.
+// `scratch` holds `threads` rows of 2 * experts floats.
+void choose(const float* logits, int64_t ld, const float* bias, int64_t tokens, int64_t experts, int64_t top_k,
+            bool normalize, bool sigmoid, float scale, int32_t* ids, float* weights, float* scratch, int threads);
+
+// gates [count, tokens] = sigmoid(logits [tokens, ld] columns [first, first + count) + bias [count])
+void open_gates(const float* logits, int64_t ld, int64_t first, const float* bias, int64_t tokens, int64_t count,
+                float* gates, int threads);
+
+}  // namespace flex

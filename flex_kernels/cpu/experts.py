@@ -1,0 +1,180 @@
+"""The ``experts`` op on the CPU: plan the groups, run them on the fastest engine here, assemble what comes out.
+
+Letters: T tokens, H hidden, E routed experts, K chosen, I expert width, N = T*K rows in expert order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flex_kernels.cpu import blocks, fused, ops
+from flex_kernels.cpu.plan import WEIGHT_ROWS, Group, Plan, attach_preacts, make_plan
+
+
+def pair(gate_up: Tensor | None, down: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if gate_up is None or down is None else (gate_up, down)
+
+
+def experts_forward(
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2IH: Tensor,
+    down_EHI: Tensor,
+    personal_gate_up_2IH: Tensor | None,
+    personal_down_HI: Tensor | None,
+    gate_T: Tensor | None,
+    shared_gate_up_2IH: Tensor | None,
+    shared_down_HI: Tensor | None,
+    shared_gate_T: Tensor | None,
+    mix: str,
+    save_preact: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y_TH, routed [N, 2I], personal [T, 2Ip] and shared [T, 2Is] pre-activations); see ``autograd.experts``."""
+    ops.warn_if_missing()
+    personal = pair(personal_gate_up_2IH, personal_down_HI)
+    shared = pair(shared_gate_up_2IH, shared_down_HI)
+    plan = make_plan(
+        x_TH, ids_TK, weights_TK, gate_up_E2IH, down_EHI, personal, gate_T, shared, shared_gate_T, mix
+    )
+
+    def kept(rows: int, gate_up: Tensor | None) -> Tensor:
+        if not save_preact or gate_up is None:
+            return x_TH.new_empty(0)
+        return x_TH.new_empty(rows, gate_up.shape[-2])
+
+    tokens = x_TH.shape[0]
+    preacts = (
+        kept(ids_TK.numel(), gate_up_E2IH),
+        kept(tokens, personal_gate_up_2IH),
+        kept(tokens, shared_gate_up_2IH),
+    )
+    attach_preacts(plan, *preacts)
+    groups = plan.routed + [g for g in (plan.shared, plan.personal) if g is not None]
+    sum_TH = torch.zeros(x_TH.shape, dtype=torch.float32)
+    engine = fused if fused.serves(groups) else blocks
+    engine.forward(x_TH, groups, sum_TH)
+    return sum_TH.to(x_TH.dtype), *preacts
+
+
+def experts_backward(
+    grad_y_TH: Tensor,
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2IH: Tensor,
+    down_EHI: Tensor,
+    personal_gate_up_2IH: Tensor | None,
+    personal_down_HI: Tensor | None,
+    gate_T: Tensor | None,
+    shared_gate_up_2IH: Tensor | None,
+    shared_down_HI: Tensor | None,
+    shared_gate_T: Tensor | None,
+    preact_N2I: Tensor,
+    personal_preact_T2I: Tensor,
+    shared_preact_T2I: Tensor,
+    mix: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of (x, weights, gate_up, down, personal gate_up, personal down, gate, shared gate_up, shared down,
+    shared gate); zero elements where ``needs`` is false. See ``autograd.experts_backward``."""
+    need_x, need_weights, need_up, need_down, need_p_up, need_p_down, need_gate, *need_shared = needs
+    need_s_up, need_s_down, need_s_gate = need_shared
+    personal = pair(personal_gate_up_2IH, personal_down_HI)
+    shared = pair(shared_gate_up_2IH, shared_down_HI)
+    plan = make_plan(
+        x_TH, ids_TK, weights_TK, gate_up_E2IH, down_EHI, personal, gate_T, shared, shared_gate_T, mix
+    )
+    attach_preacts(plan, preact_N2I, personal_preact_T2I, shared_preact_T2I)
+    tokens = x_TH.shape[0]
+
+    def zeros(needed: bool, like: Tensor | None) -> Tensor | None:
+        if not needed or like is None:
+            return None
+        return torch.zeros(like.shape, dtype=like.dtype if tokens <= WEIGHT_ROWS else torch.float32)
+
+    # Stacks keep their own dtype: a second, wider buffer of that size would dwarf everything else.
+    dgate_up = torch.zeros_like(gate_up_E2IH) if need_up else None
+    ddown = torch.zeros_like(down_EHI) if need_down else None
+    dp_gate_up, dp_down = zeros(need_p_up, personal_gate_up_2IH), zeros(need_p_down, personal_down_HI)
+    ds_gate_up, ds_down = zeros(need_s_up, shared_gate_up_2IH), zeros(need_s_down, shared_down_HI)
+    dscale_N = torch.zeros(ids_TK.numel())
+
+    groups: list[Group] = []
+    gate_needs_rest = need_gate and plan.closed_T is not None
+    if need_x or need_weights or need_up or need_down or gate_needs_rest:
+        for e, group in zip(plan.experts_used, plan.routed):
+            group.dscale_n = dscale_N[plan.offsets[e] : plan.offsets[e + 1]]
+            group.dgate_up_2IH = None if dgate_up is None else dgate_up[e]
+            group.ddown_HI = None if ddown is None else ddown[e]
+            groups.append(group)
+    if plan.shared is not None and (need_x or any(need_shared) or gate_needs_rest):
+        add_dense(groups, plan.shared, tokens, ds_gate_up, ds_down)
+    if plan.personal is not None and (need_x or need_p_up or need_p_down or need_gate):
+        add_dense(groups, plan.personal, tokens, dp_gate_up, dp_down)
+    dx_TH = torch.zeros(x_TH.shape, dtype=torch.float32) if need_x else None
+    engine = fused if fused.serves(groups) else blocks
+    engine.backward(grad_y_TH, x_TH, groups, dx_TH)
+
+    dweights_TK, dgate_T, ds_gate_T = scale_gradients(
+        plan, dscale_N, weights_TK, gate_T, shared_gate_T, need_weights, need_gate, need_s_gate
+    )
+
+    # Outputs of a custom op may not alias each other: each absent gradient is an empty tensor of its own.
+    def result(gradient: Tensor | None, like: Tensor | None) -> Tensor:
+        return x_TH.new_empty(0) if gradient is None or like is None else gradient.to(like.dtype)
+
+    return (
+        result(dx_TH, x_TH),
+        result(dweights_TK, weights_TK),
+        result(dgate_up, gate_up_E2IH),
+        result(ddown, down_EHI),
+        result(dp_gate_up, personal_gate_up_2IH),
+        result(dp_down, personal_down_HI),
+        result(dgate_T, gate_T),
+        result(ds_gate_up, shared_gate_up_2IH),
+        result(ds_down, shared_down_HI),
+        result(ds_gate_T, shared_gate_T),
+    )
+
+
+def add_dense(groups: list[Group], group: Group, tokens: int, dgate_up: Tensor | None, ddown: Tensor | None) -> None:
+    group.dscale_n = torch.zeros(tokens)
+    group.dgate_up_2IH, group.ddown_HI = dgate_up, ddown
+    groups.append(group)
+
+
+def scale_gradients(
+    plan: Plan,
+    dscale_N: Tensor,
+    weights_TK: Tensor,
+    gate_T: Tensor | None,
+    shared_gate_T: Tensor | None,
+    need_weights: bool,
+    need_gate: bool,
+    need_shared_gate: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (weights_TK, gate_T, shared_gate_T) from those of each row's scale.
+
+    mix="convex" scales the routed and shared parts r by (1 - g): their gradients carry that factor, and
+    dg = <dy, E_p(x)> - <dy, r>, with <dy, r> = sum_k s_k ds_k + s_shared ds_shared.
+    """
+    closed_T = plan.closed_T
+    dweights_TK = dgate_T = dshared_T = None
+    if need_weights or (need_gate and closed_T is not None):
+        dslot_TK = torch.zeros(weights_TK.shape)
+        used = plan.offsets[-1]
+        dslot_TK.view(-1)[plan.order_N[:used]] = dscale_N[:used]
+        if need_weights:
+            dweights_TK = dslot_TK if closed_T is None else dslot_TK * closed_T[:, None]
+    if need_shared_gate and plan.shared is not None:
+        dshared_T = plan.shared.dscale_n if closed_T is None else plan.shared.dscale_n * closed_T
+    if need_gate and plan.personal is not None:
+        dgate_T = plan.personal.dscale_n
+        if closed_T is not None:
+            dgate_T = dgate_T - (weights_TK * dslot_TK).sum(-1)
+            if plan.shared is not None:
+                dscale_T = plan.shared.dscale_n
+                dgate_T = dgate_T - (dscale_T if shared_gate_T is None else shared_gate_T * dscale_T)
+    return dweights_TK, dgate_T, dshared_T

@@ -1,0 +1,141 @@
+"""Feed-forward blocks on the native fused kernels: lays out segments and buffers, and calls the kernels in turn.
+
+Letters: T tokens, H hidden, I expert width, n rows of one segment, S segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flex_kernels.cpu import ops
+from flex_kernels.cpu.plan import WEIGHT_ROWS, Group
+
+# Between a part of the hidden rows at a time and all of them: small calls must not hold them all, large calls gain
+# nothing beyond this many rows.
+PARTS = 8
+FEWEST_ROWS = 64
+MOST_ROWS = 2048
+
+
+@dataclass
+class Segment:
+    """Rows [start, end) of a group; ``at`` is where its hidden rows start in the buffer of its batch, in rows * I."""
+
+    group: Group
+    start: int
+    end: int
+    at: int
+
+    @property
+    def rows(self) -> int:
+        return self.end - self.start
+
+    @property
+    def width(self) -> int:
+        return self.group.down_HI.shape[1]
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.width
+
+
+def serves(groups: list[Group]) -> bool:
+    """Whether the kernels run here and can read these weights as stored: unit stride along a row."""
+    readable = all(w.stride(1) == 1 for g in groups for w in (g.gate_up_2IH, g.down_HI) if w.shape[1] > 1)
+    return ops.fused() and readable
+
+
+def batches(groups: list[Group]) -> list[list[Segment]]:
+    """Cut the groups into batches of segments whose hidden rows fit in a bounded buffer.
+
+    A group whose weights need gradients stays in one piece up to WEIGHT_ROWS: its gradient is one product.
+    """
+    sizes = [(g.tokens_n.shape[0], g.down_HI.shape[1]) for g in groups]
+    total, widest = sum(n * i for n, i in sizes), max((i for _, i in sizes), default=0)
+    budget = min(max(total // PARTS, FEWEST_ROWS * widest), MOST_ROWS * widest)
+    done: list[list[Segment]] = []
+    batch: list[Segment] = []
+    used = 0
+    for group, (rows, width) in zip(groups, sizes):
+        whole = group.dgate_up_2IH is not None or group.ddown_HI is not None
+        most = WEIGHT_ROWS if whole else max(1, budget // max(1, width))
+        for start in range(0, rows, most):
+            segment = Segment(group, start, min(start + most, rows), used)
+            if batch and used + segment.elements > budget:
+                done.append(batch)
+                batch, used, segment.at = [], 0, 0
+            batch.append(segment)
+            used += segment.elements
+    return [*done, batch] if batch else done
+
+
+def widest_batch(work: list[list[Segment]]) -> int:
+    return max((sum(s.elements for s in batch) for batch in work), default=0)
+
+
+def make_scratch(groups: list[Group], hidden: int, factor: int) -> object:
+    longest = max([hidden, *(factor * g.down_HI.shape[1] for g in groups)])
+    return ops.kernels.Scratch(longest, max((g.tokens_n.shape[0] for g in groups), default=0))
+
+
+def words(s: Segment, hidden: Tensor, factor: int, scaled: Tensor | None) -> list[int]:
+    """One row of the kernels' table, in the order of ``Segment`` in csrc/cpu/kernels.h."""
+    g, size = s.group, hidden.element_size()
+    wants_scaled = scaled is not None and g.ddown_HI is not None
+    preact = 0 if g.preact_n2I is None else g.preact_n2I.data_ptr() + s.start * 2 * s.width * size
+    return [
+        g.gate_up_2IH.data_ptr(),
+        g.gate_up_2IH.stride(0),
+        g.down_HI.data_ptr(),
+        g.down_HI.stride(0),
+        s.width,
+        s.rows,
+        g.tokens_n.data_ptr() + 4 * s.start,
+        g.scale_n.data_ptr() + 4 * s.start,
+        hidden.data_ptr() + factor * s.at * size,
+        preact,
+        0 if g.dscale_n is None else g.dscale_n.data_ptr() + 4 * s.start,
+        scaled.data_ptr() + s.at * size if scaled is not None and wants_scaled else 0,
+    ]
+
+
+def forward(x_TH: Tensor, groups: list[Group], out_TH: Tensor) -> None:
+    """out += scale * E(x) for every group; ``out_TH`` is float32."""
+    work = batches(groups)
+    scratch = make_scratch(groups, x_TH.shape[1], 1)
+    hidden = torch.empty(widest_batch(work), dtype=x_TH.dtype)
+    for batch in work:
+        table = torch.tensor([words(s, hidden, 1, None) for s in batch])
+        ops.kernels.up(x_TH, table, scratch)
+        ops.kernels.down(table, out_TH, x_TH.dtype, scratch)
+
+
+def backward(dy_TH: Tensor, x_TH: Tensor, groups: list[Group], dx_TH: Tensor | None) -> None:
+    """Fill dscale and the weight gradients of every group, and dx += their part (float32), where asked for."""
+    work = batches(groups)
+    scratch = make_scratch(groups, x_TH.shape[1], 2)
+    widest = widest_batch(work)
+    dz = torch.empty(2 * widest, dtype=x_TH.dtype)
+    scaled = torch.empty(widest, dtype=x_TH.dtype) if any(g.ddown_HI is not None for g in groups) else None
+    columns = ops.kernels.PARTIAL_COLUMNS
+    partial = torch.empty(max((sum(s.rows * -(-s.width // columns) for s in b) for b in work), default=0))
+    for batch in work:
+        table = torch.tensor([words(s, dz, 2, scaled) for s in batch])
+        ops.kernels.up_backward(x_TH, dy_TH, table, partial, scratch)
+        if dx_TH is not None:
+            ops.kernels.down_backward(table, dx_TH, x_TH.dtype, scratch)
+        for s in batch:
+            weight_gradients(s, dy_TH, x_TH, dz, scaled)
+
+
+def weight_gradients(s: Segment, dy_TH: Tensor, x_TH: Tensor, dz: Tensor, scaled: Tensor | None) -> None:
+    """dgate_up += dz^T x and ddown += dy^T (scale * a) over the segment's rows, where asked for."""
+    g, rows = s.group, slice(s.start, s.end)
+    if g.dgate_up_2IH is not None:
+        dz_n2I = dz[2 * s.at : 2 * (s.at + s.elements)].view(s.rows, 2 * s.width)
+        g.add_gradient(g.dgate_up_2IH, dz_n2I, g.rows_of(x_TH, rows))
+    if g.ddown_HI is not None and scaled is not None:
+        g.add_gradient(g.ddown_HI, g.rows_of(dy_TH, rows), scaled[s.at : s.at + s.elements].view(s.rows, s.width))

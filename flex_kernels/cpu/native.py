@@ -1,0 +1,221 @@
+"""The native kernels on tensors: checks what the extension takes on trust, then hands over addresses and sizes.
+
+Letters: T tokens, H hidden, E routed experts, K chosen, G sigmoid gates, R = E + G columns, I expert width, N = T*K
+rows in expert order, n rows of one block, S segments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# isort: split
+# torch first: its own libgomp must be the one in the process, so that both share one pool of threads.
+from flex_kernels import _cpu_ops
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SEGMENT_WORDS: int = _cpu_ops.SEGMENT_WORDS
+PARTIAL_COLUMNS: int = _cpu_ops.PARTIAL_COLUMNS
+
+fused = _cpu_ops.fused
+isa = _cpu_ops.isa
+isas = _cpu_ops.isas
+set_isa = _cpu_ops.set_isa
+scratch_bytes = _cpu_ops.scratch_bytes
+
+
+def address(name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """The address of a dense CPU tensor of this dtype and shape; 0 for None.
+
+    Raises:
+        ValueError: it is anything else. The kernels read and write without looking.
+    """
+    if t is None:
+        return 0
+    if t.dtype != dtype or t.device.type != "cpu" or tuple(t.shape) != shape or not t.is_contiguous():
+        given = f"{list(t.shape)} {t.dtype} on {t.device}, strides {list(t.stride())}"
+        raise ValueError(f"{name} must be a dense {list(shape)} {dtype} on the CPU, got {given}")
+    return t.data_ptr()
+
+
+def dtype_code(name: str, t: Tensor) -> int:
+    if t.dtype not in DTYPES:
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {t.dtype}")
+    return DTYPES[t.dtype]
+
+
+def choose(
+    logits_TR: Tensor, experts: int, bias_E: Tensor | None, top_k: int, normalize: bool, score: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Top-k of the first ``experts`` columns: (ids_TK int32, weights_TK float32); ties go to the lowest index."""
+    tokens, columns = logits_TR.shape
+    if not 1 <= top_k <= experts <= columns:
+        raise ValueError(f"top_k={top_k} must be in 1..{experts}, the experts of logits {list(logits_TR.shape)}")
+    ids_TK = torch.empty(tokens, top_k, dtype=torch.int32)
+    weights_TK = torch.empty(tokens, top_k)
+    bias_E = None if bias_E is None else bias_E.float().contiguous()
+    threads = torch.get_num_threads()
+    scratch = torch.empty(threads, 2, experts)
+    _cpu_ops.choose(
+        address("logits", logits_TR, torch.float32, (tokens, columns)),
+        columns,
+        address("bias", bias_E, torch.float32, (experts,)),
+        tokens,
+        experts,
+        top_k,
+        normalize,
+        score == "sigmoid",
+        scale,
+        ids_TK.data_ptr(),
+        weights_TK.data_ptr(),
+        scratch.data_ptr(),
+        threads,
+    )
+    return ids_TK, weights_TK
+
+
+def open_gates(logits_TR: Tensor, experts: int, bias_G: Tensor) -> Tensor:
+    """sigmoid of the columns after ``experts``, plus a bias each: [G, T] float32."""
+    tokens, columns = logits_TR.shape
+    count = columns - experts
+    gates_GT = torch.empty(count, tokens)
+    bias_G = bias_G.float().contiguous()
+    _cpu_ops.open_gates(
+        address("logits", logits_TR, torch.float32, (tokens, columns)),
+        columns,
+        experts,
+        address("bias", bias_G, torch.float32, (count,)),
+        tokens,
+        count,
+        gates_GT.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return gates_GT
+
+
+def sort_rows(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Stable counting sort of the slots by expert: (offsets [E+1] int32, order [N] int32).
+
+    ``order[offsets[e]:offsets[e + 1]]`` are the flat slots t*K + k that chose e. Ids outside [0, E) are left out:
+    they take no row, and the rows of ``order`` from ``offsets[E]`` on are zero.
+    """
+    ids_TK = ids_TK.int().contiguous()
+    slots = ids_TK.numel()
+    if slots >= 2**31:
+        raise ValueError(f"ids {list(ids_TK.shape)} has {slots} slots; at most {2**31 - 1} can be sorted at a time")
+    offsets = torch.empty(experts + 1, dtype=torch.int32)
+    order_N = torch.zeros(slots, dtype=torch.int32)
+    _cpu_ops.sort_rows(ids_TK.data_ptr(), slots, experts, offsets.data_ptr(), order_N.data_ptr())
+    return offsets, order_N
+
+
+def gather_rows(source_TH: Tensor, tokens_n: Tensor, out_nH: Tensor) -> None:
+    """out[n] = source[tokens[n]]"""
+    rows, columns = tokens_n.shape[0], source_TH.shape[1]
+    _cpu_ops.gather_rows(
+        address("source", source_TH, source_TH.dtype, (source_TH.shape[0], columns)),
+        address("tokens", tokens_n, torch.int32, (rows,)),
+        address("out", out_nH, source_TH.dtype, (rows, columns)),
+        rows,
+        columns * source_TH.element_size(),
+        torch.get_num_threads(),
+    )
+
+
+def swiglu(z_n2I: Tensor, out_nI: Tensor) -> None:
+    """out = silu(gate) * up, computed in float32."""
+    rows, width = out_nI.shape
+    _cpu_ops.swiglu(
+        dtype_code("z", z_n2I),
+        address("z", z_n2I, z_n2I.dtype, (rows, 2 * width)),
+        address("out", out_nI, z_n2I.dtype, (rows, width)),
+        rows,
+        width,
+        torch.get_num_threads(),
+    )
+
+
+def swiglu_backward(
+    z_n2I: Tensor, da_nI: Tensor, scale_n: Tensor, dz_n2I: Tensor, dscale_n: Tensor, scaled_nI: Tensor | None
+) -> None:
+    """With a = silu(gate) * up and y = scale * down(a), given da = dy @ down:
+
+    dscale = <da, a> a row; dz = scale * da * da/dz; scaled = scale * a, when asked for. ``dz_n2I`` may be ``z_n2I``.
+    """
+    rows, width = da_nI.shape
+    _cpu_ops.swiglu_backward(
+        dtype_code("z", z_n2I),
+        address("z", z_n2I, z_n2I.dtype, (rows, 2 * width)),
+        address("da", da_nI, z_n2I.dtype, (rows, width)),
+        address("scale", scale_n, torch.float32, (rows,)),
+        address("dz", dz_n2I, z_n2I.dtype, (rows, 2 * width)),
+        address("dscale", dscale_n, torch.float32, (rows,)),
+        address("scaled", scaled_nI, z_n2I.dtype, (rows, width)),
+        rows,
+        width,
+        torch.get_num_threads(),
+    )
+
+
+def scatter_add(rows_nH: Tensor, tokens_n: Tensor, scale_n: Tensor | None, out_TH: Tensor) -> None:
+    """out[tokens[n]] += scale[n] * rows[n] in float32, in the order of n."""
+    rows, columns = rows_nH.shape
+    _cpu_ops.scatter_add(
+        dtype_code("rows", rows_nH),
+        address("rows", rows_nH, rows_nH.dtype, (rows, columns)),
+        address("tokens", tokens_n, torch.int32, (rows,)),
+        address("scale", scale_n, torch.float32, (rows,)),
+        address("out", out_TH, torch.float32, (out_TH.shape[0], columns)),
+        rows,
+        columns,
+        torch.get_num_threads(),
+    )
+
+
+class Scratch:
+    """Working memory of the fused kernels: a piece a thread, sized for rows and operands of at most these lengths."""
+
+    def __init__(self, longest: int, rows: int):
+        self.threads = torch.get_num_threads()
+        self.bytes = scratch_bytes(longest, rows)
+        self.memory = torch.empty(self.bytes * self.threads, dtype=torch.uint8)
+
+    def arguments(self) -> tuple[int, int, int]:
+        return self.memory.data_ptr(), self.bytes, self.threads
+
+
+def up(x_TH: Tensor, segments_SW: Tensor, scratch: Scratch) -> None:
+    """a = silu(x gate^T) * (x up^T) for every segment; see ``Segment`` in csrc/cpu/kernels.h for the table."""
+    code = dtype_code("x", x_TH)
+    _cpu_ops.up(code, x_TH.data_ptr(), x_TH.shape[1], *table(segments_SW), *scratch.arguments())
+
+
+def down(segments_SW: Tensor, out_TH: Tensor, dtype: torch.dtype, scratch: Scratch) -> None:
+    """out[tokens] += scale * (a down^T) for every segment."""
+    out = address("out", out_TH, torch.float32, tuple(out_TH.shape))
+    _cpu_ops.down(DTYPES[dtype], *table(segments_SW), out_TH.shape[1], out, *scratch.arguments())
+
+
+def up_backward(x_TH: Tensor, dy_TH: Tensor, segments_SW: Tensor, partial: Tensor, scratch: Scratch) -> None:
+    """dz, dscale and scale * a of every segment; ``partial`` has rows * ceil(I / PARTIAL_COLUMNS) floats a segment."""
+    dy = address("dy", dy_TH, x_TH.dtype, tuple(x_TH.shape))
+    _cpu_ops.up_backward(
+        dtype_code("x", x_TH),
+        x_TH.data_ptr(),
+        dy,
+        x_TH.shape[1],
+        *table(segments_SW),
+        partial.data_ptr(),
+        *scratch.arguments(),
+    )
+
+
+def down_backward(segments_SW: Tensor, dx_TH: Tensor, dtype: torch.dtype, scratch: Scratch) -> None:
+    """dx[tokens] += dz gate_up for every segment."""
+    dx = address("dx", dx_TH, torch.float32, tuple(dx_TH.shape))
+    _cpu_ops.down_backward(DTYPES[dtype], *table(segments_SW), dx_TH.shape[1], dx, *scratch.arguments())
+
+
+def table(segments_SW: Tensor) -> tuple[int, int]:
+    count = segments_SW.shape[0]
+    return address("segments", segments_SW, torch.int64, (count, SEGMENT_WORDS)), count

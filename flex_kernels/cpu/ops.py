@@ -1,0 +1,35 @@
+"""Finds the native extension: ``kernels`` is :mod:`native` where it is built, :mod:`fallback` where not."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from types import ModuleType
+
+from flex_kernels.cpu import fallback
+
+kernels: ModuleType = fallback
+if importlib.util.find_spec("flex_kernels._cpu_ops") is not None:
+    from flex_kernels.cpu import native
+
+    kernels = native
+
+BUILD_HINT = "build it with `pip install .` or `python setup.py build_ext --inplace` (needs a C++17 compiler)"
+
+
+def fused() -> bool:
+    """Whether the fused feed-forward kernels can run on this processor."""
+    return kernels is not fallback and kernels.fused()
+
+
+@functools.cache
+def warn_if_missing() -> None:
+    """Say once that the native extension is missing, at the first use and not at import."""
+    if kernels is fallback:
+        warnings.warn(
+            f"the native extension flex_kernels._cpu_ops is missing: the cpu backend runs on plain torch, "
+            f"several times slower and with more memory; {BUILD_HINT}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
