@@ -1,0 +1,199 @@
+"""The cpu backend: every instruction set, dtype, mix and memory mode against the float64 reference.
+
+Letters: T tokens, H hidden, E experts, K chosen, I expert width.
+"""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case, assert_close, make_case, with_fixed_routing
+
+from flex_kernels import Experts, Routed, cpu, flex_moe
+from flex_kernels.cpu import blocks, experts, fallback, fused, ops
+from flex_kernels.cpu.plan import Group
+
+ISAS = ops.kernels.isas() if ops.kernels is not fallback else []
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=[*ISAS, "fallback"])
+def engine(request, monkeypatch):
+    """Each instruction set of this machine in turn, and a machine without the extension."""
+    if request.param == "fallback":
+        monkeypatch.setattr(ops, "kernels", fallback)
+        monkeypatch.setattr(ops, "warn_if_missing", lambda: None)
+        yield request.param
+    else:
+        ops.kernels.set_isa(request.param)
+        yield request.param
+        ops.kernels.set_isa("auto")
+
+
+def run(case: Case, *names: str, backend: str = "cpu", **options) -> dict[str, torch.Tensor]:
+    """The output and the gradients of the named tensors (all without names) for a fixed cotangent."""
+    case.requiring(*names)
+    y = flex_moe(case.x_TH, case.router, case.experts, case.personal, case.shared, backend=backend, **options)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(y.dtype)
+    named = {n: t for n, t in case.tensors().items() if t.requires_grad}
+    found = {"y": y.detach()} | dict(zip(named, torch.autograd.grad(y, list(named.values()), dy)))
+    if "personal.gate_bias" in found:
+        # A single number has no norm to average its rounding over: the bias counts as one more gate weight.
+        bias = found.pop("personal.gate_bias")
+        found["personal.gate_weight"] = torch.cat([found["personal.gate_weight"], bias[None]])
+    return found
+
+
+def agree(case: Case, *names: str, multiple: float = 3.0, **options) -> None:
+    mix = options.get("mix", "add")
+    exact = run(case.to(torch.float64), *names, backend="reference", mix=mix)
+    plain = run(case.to(case.x_TH.dtype), *names, backend="reference", mix=mix)
+    found = run(case.to(case.x_TH.dtype), *names, **options)
+    assert found.keys() == exact.keys()
+    for name, got in found.items():
+        assert_close(got, exact[name], plain[name], multiple, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mix", ["add", "convex"])
+@pytest.mark.parametrize("save", ["recompute", "preact"])
+def test_values_and_all_gradients_match_the_reference(engine, dtype, mix, save):
+    case = make_case(T=41, H=72, E=5, K=2, I=37, personal_width=19, shared_width=70, dtype=dtype)
+    agree(with_fixed_routing(case), mix=mix, save=save)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_odd_sizes_and_many_rows_an_expert(engine, dtype):
+    # 430 rows for two experts: more than one block of rows; 129 columns: one more than a block; odd
+    # reductions.
+    agree(with_fixed_routing(make_case(T=215, H=129, E=2, K=2, I=131, dtype=dtype)), mix="convex")
+
+
+def test_a_long_reduction_goes_in_blocks(engine):
+    for dtype in (torch.float32, torch.bfloat16):
+        agree(with_fixed_routing(make_case(T=14, H=1601, E=2, K=1, I=3, dtype=dtype)))
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("shared", ["gated", "plain", "none"])
+def test_every_router_and_shared_expert(score, normalize, shared):
+    router = {"score": score, "normalize": normalize, "scale": 2.5, "bias": torch.linspace(-0.1, 0.1, 60)}
+    case = make_case(T=23, E=60, K=6, shared=shared, router=router)
+    agree(case, mix="convex")
+
+
+@pytest.mark.parametrize("T, E, K", [(0, 4, 2), (1, 4, 1), (3, 8, 8), (2, 60, 6)])
+def test_few_tokens(engine, T, E, K):
+    agree(make_case(T=T, E=E, K=K), mix="convex", save="preact")
+
+
+def test_all_tokens_on_one_expert_and_skipped_slots(engine):
+    case = make_case(T=30, E=6, K=3)
+    ids = torch.full((30, 3), 4)
+    ids[:, 1] = 6
+    routed = replace(case, router=Routed(ids, torch.rand(30, 3, generator=torch.Generator().manual_seed(2))))
+    agree(routed)
+    found = run(routed.to(torch.float32), "router.weights")
+    assert (found["router.weights"][:, 1] == 0).all() and (found["router.weights"][:, 0] != 0).all()
+
+
+@pytest.mark.parametrize(
+    "names", [("x",), ("personal.gate_up",), ("personal.gate_weight",), ("shared.down",)]
+)
+@pytest.mark.parametrize("mix", ["add", "convex"])
+def test_gradients_are_right_when_only_some_are_asked_for(names, mix):
+    agree(make_case(T=12), *names, mix=mix)
+
+
+def test_frozen_experts_get_no_buffer_of_their_size():
+    case = make_case(T=8, H=64, E=64, K=1, I=64).requiring("x", "personal.gate_up", "personal.down")
+    y = flex_moe(case.x_TH, case.router, case.experts, case.personal, case.shared, backend="cpu")
+    with torch.profiler.profile(
+        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+    ) as profile:
+        y.sum().backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.key_averages())
+    assert largest < case.experts.down.nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "generic"])
+def test_results_do_not_depend_on_the_number_of_threads(isa, dtype):
+    case = make_case(T=70, H=300, E=4, K=2, I=70, dtype=dtype)
+    before = torch.get_num_threads()
+    ops.kernels.set_isa(isa)
+    try:
+        torch.set_num_threads(1)
+        one = run(case.to(dtype), "x", "personal.gate_weight", mix="convex")
+        torch.set_num_threads(3)
+        three = run(case.to(dtype), "x", "personal.gate_weight", mix="convex")
+    finally:
+        torch.set_num_threads(before)
+        ops.kernels.set_isa("auto")
+    assert torch.equal(one["y"], three["y"]) and torch.equal(one["x"], three["x"])
+
+
+def test_weights_that_are_not_row_contiguous_are_still_right():
+    case = with_fixed_routing(make_case(T=20, H=40, I=24))
+    transposed = Experts(
+        case.experts.gate_up.transpose(1, 2).contiguous().transpose(1, 2),
+        case.experts.down.transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    got = run(replace(case, experts=transposed).to(torch.float32), "x")
+    want = run(case.to(torch.float32), "x", backend="reference")
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], atol=1e-5, rtol=1e-4)
+
+
+def test_weights_with_padded_rows_are_read_as_stored():
+    case = with_fixed_routing(make_case(T=20, H=40, I=24))
+    padded = torch.full((5, 48, 64), float("nan"))
+    padded[:, :, :40] = case.experts.gate_up
+    views = replace(case, experts=Experts(padded[:, :, :40], case.experts.down))
+    y = flex_moe(views.x_TH, views.router, views.experts, backend="cpu")
+    want = flex_moe(case.x_TH, case.router, case.experts, backend="reference")
+    torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-4)
+
+
+def group_of(rows: int, width: int, hidden: int = 8, **more) -> Group:
+    weights = torch.zeros(2 * width, hidden), torch.zeros(hidden, width)
+    return Group(*weights, torch.arange(rows, dtype=torch.int32), torch.ones(rows), **more)
+
+
+def test_batches_cover_every_row_once_within_the_budget():
+    groups = [group_of(n, w) for n, w in [(5000, 16), (3, 16), (0, 16), (700, 64), (1, 8)]]
+    work = fused.batches(groups)
+    for group in groups:
+        rows = [r for b in work for s in b if s.group is group for r in range(s.start, s.end)]
+        assert rows == list(range(group.tokens_n.shape[0]))
+    total = sum(g.tokens_n.shape[0] * g.down_HI.shape[1] for g in groups)
+    assert fused.widest_batch(work) <= max(total // fused.PARTS, fused.FEWEST_ROWS * 64)
+    for batch in work:
+        assert [s.at for s in batch] == [sum(p.elements for p in batch[:i]) for i in range(len(batch))]
+
+
+def test_a_weight_gradient_over_many_rows_is_summed_in_pieces(monkeypatch):
+    for module in (fused, blocks, experts):
+        monkeypatch.setattr(module, "WEIGHT_ROWS", 16)
+    agree(make_case(T=50), "personal.gate_up", "personal.down", "experts.down", "shared.gate_up")
+
+
+def test_a_missing_extension_is_announced_once_and_described(monkeypatch):
+    monkeypatch.setattr(ops, "kernels", fallback)
+    ops.warn_if_missing.cache_clear()
+    case = make_case()
+    with pytest.warns(RuntimeWarning, match="native extension .* is missing.*build_ext"):
+        flex_moe(case.x_TH, case.router, case.experts, backend="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flex_moe(case.x_TH, case.router, case.experts, backend="cpu")
+    assert "native extension is missing" in cpu.describe()
+    ops.warn_if_missing.cache_clear()
+
+
+def test_the_backend_says_what_it_uses_and_where_it_runs():
+    assert cpu.status("cpu") == ""
+    assert "not on cuda" in cpu.status("cuda")
+    assert f"{torch.get_num_threads()} threads" in cpu.describe()

@@ -1,0 +1,160 @@
+"""The native CPU kernels one by one, on every instruction set of this machine, against plain torch in
+float64.
+
+Letters: T tokens, H hidden, E experts, K chosen, I expert width, N = T*K rows, n rows of one block.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import assert_close
+
+from flex_kernels.cpu import fallback
+
+native = pytest.importorskip("flex_kernels.cpu.native", reason="the native extension is not built")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=native.isas())
+def isa(request):
+    """Runs the test on one instruction set, then goes back to the best."""
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa("auto")
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def test_an_unknown_instruction_set_is_refused_by_name():
+    with pytest.raises(ValueError, match="isa='sse9'"):
+        native.set_isa("sse9")
+    assert native.isa() == native.isas()[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 7, 16, 37])
+def test_swiglu_rounds_once(isa, dtype, width):
+    z = normal(5, 2 * width, dtype=dtype) * 3
+    out = torch.empty(5, width, dtype=dtype)
+    native.swiglu(z, out)
+    gate, up = z.double().chunk(2, dim=-1)
+    exact = F.silu(gate) * up
+    assert_close(out, exact, exact.to(dtype), 1.0, "swiglu")
+
+
+def test_swiglu_of_extreme_gates_saturates_without_overflow(isa):
+    z = torch.tensor([[-1e30, -200.0, -0.0, 200.0, 1e30, 1.0, 1.0, 1.0, 1.0, 1.0]])
+    out = torch.empty(1, 5)
+    native.swiglu(z, out)
+    torch.testing.assert_close(out[0, 1:4], torch.tensor([0.0, 0.0, 200.0]), atol=1e-30, rtol=1e-6)
+    assert out[0, 4] == 1e30 and abs(out[0, 0]) < 1e-6
+
+
+def test_what_is_not_a_number_stays_visible(isa):
+    for dtype in DTYPES:
+        out = torch.empty(1, 20, dtype=dtype)
+        z = torch.ones(1, 40, dtype=dtype)
+        z[0, 3] = z[0, 39] = float("nan")
+        native.swiglu(z, out)
+        assert torch.isnan(out).nonzero()[:, 1].tolist() == [3, 19]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_swiglu_backward_is_the_gradient_of_swiglu(isa, dtype, in_place):
+    n, width = 6, 21
+    z, da, scale = normal(n, 2 * width, dtype=dtype), normal(n, width, dtype=dtype, seed=1), torch.rand(n)
+    leaf = z.double().requires_grad_()
+    gate, up = leaf.chunk(2, dim=-1)
+    a = F.silu(gate) * up
+    (dz_exact,) = torch.autograd.grad(a, leaf, da.double() * scale.double()[:, None])
+    z_in = z.clone()
+    dz = z_in if in_place else torch.empty_like(z)
+    dscale, scaled = torch.empty(n), torch.empty(n, width, dtype=dtype)
+    native.swiglu_backward(z_in, da, scale, dz, dscale, scaled)
+    for name, got, exact in [
+        ("dz", dz, dz_exact),
+        ("dscale", dscale, (da.double() * a).sum(-1)),
+        ("scaled", scaled, scale.double()[:, None] * a),
+    ]:
+        assert_close(got, exact.detach(), exact.detach().to(got.dtype), 2.0, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scatter_add_sums_every_row_of_a_token_in_float32(isa, dtype):
+    rows, tokens = normal(4, 300, dtype=dtype), torch.tensor([2, 0, 2, 2], dtype=torch.int32)
+    scale, out = torch.tensor([0.5, 2.0, -1.0, 3.0]), torch.ones(3, 300)
+    native.scatter_add(rows, tokens, scale, out)
+    exact = torch.ones(3, 300, dtype=torch.float64)
+    exact.index_add_(0, tokens.long(), rows.double() * scale.double()[:, None])
+    torch.testing.assert_close(out.double(), exact, atol=1e-6, rtol=1e-6)
+    assert (out[1] == 1).all()
+
+
+def test_gather_rows_copies_bits():
+    source = normal(5, 33, dtype=torch.bfloat16)
+    tokens = torch.tensor([4, 4, 0], dtype=torch.int32)
+    out = torch.empty(3, 33, dtype=torch.bfloat16)
+    native.gather_rows(source, tokens, out)
+    assert torch.equal(out, source[tokens.long()])
+
+
+@pytest.mark.parametrize("kernels", [native, fallback], ids=["native", "fallback"])
+def test_the_sort_is_stable_and_skips_ids_outside_the_experts(kernels):
+    ids = torch.tensor([[2, 0], [3, 2], [0, 3], [2, 2]], dtype=torch.int32)
+    offsets, order = kernels.sort_rows(ids, 3)
+    assert offsets.tolist() == [0, 2, 2, 6]
+    assert order[:6].tolist() == [1, 4, 0, 3, 6, 7]
+
+
+def test_the_sort_of_no_tokens_is_empty():
+    offsets, order = native.sort_rows(torch.empty(0, 2, dtype=torch.int32), 4)
+    assert offsets.tolist() == [0] * 5 and order.numel() == 0
+
+
+@pytest.mark.parametrize("kernels", [native, fallback], ids=["native", "fallback"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("E, K", [(60, 6), (8, 2), (3, 3), (1, 1)])
+def test_choose_agrees_with_a_float64_top_k(kernels, score, E, K):
+    logits, bias = normal(50, E + 2), normal(E, seed=3) * 0.1
+    ids, weights = kernels.choose(logits, E, bias, K, True, score, 2.5)
+    exact = logits[:, :E].double()
+    p = exact.softmax(-1) if score == "softmax" else exact.sigmoid()
+    want = (p + bias.double()).topk(K).indices
+    chosen = p.gather(1, want)
+    assert torch.equal(ids.long(), want)
+    torch.testing.assert_close(
+        weights.double(), 2.5 * chosen / chosen.sum(-1, keepdim=True), atol=1e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kernels", [native, fallback], ids=["native", "fallback"])
+def test_ties_go_to_the_lowest_index(kernels):
+    logits = torch.tensor([[1.0, 3.0, 3.0, 1.0, 3.0, 1.0], [0.0] * 6])
+    ids, weights = kernels.choose(logits, 6, None, 4, False, "softmax", 1.0)
+    assert ids.tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
+    torch.testing.assert_close(weights[1], torch.full((4,), 1 / 6))
+
+
+def test_gates_come_one_row_a_gate():
+    logits = normal(9, 7)
+    gates = native.open_gates(logits, 5, torch.tensor([0.5, -0.5]))
+    exact = torch.sigmoid(logits[:, 5:].double() + torch.tensor([0.5, -0.5]).double()).t()
+    torch.testing.assert_close(gates.double(), exact, atol=1e-6, rtol=1e-6)
+
+
+def test_a_tensor_of_the_wrong_shape_dtype_or_layout_never_reaches_a_kernel():
+    z, out = torch.zeros(4, 6), torch.zeros(4, 3)
+    with pytest.raises(ValueError, match=r"z must be a dense \[4, 6\]"):
+        native.swiglu(torch.zeros(4, 8), out)
+    with pytest.raises(ValueError, match="out must be a dense"):
+        native.swiglu(z, torch.zeros(3, 4).t())
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
+        native.swiglu(z.double(), out.double())
+    with pytest.raises(ValueError, match="tokens must be a dense"):
+        native.gather_rows(z, torch.zeros(2, dtype=torch.int64), torch.empty(2, 6))
+    with pytest.raises(ValueError, match="top_k=7"):
+        native.choose(z, 6, None, 7, False, "softmax", 1.0)
