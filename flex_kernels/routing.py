@@ -1,4 +1,5 @@
-"""Router and gates in plain torch, forward and backward: what backends without a routing kernel of their own share.
+"""Router and gates in plain torch, forward and backward: what backends without a routing kernel of their own
+share.
 
 Letters: T tokens, H hidden, E routed experts, K chosen, G sigmoid gates, R = E + G rows of the thin product.
 """

@@ -186,7 +186,8 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
       const int64_t columns = smaller(kBlock, s.width - place.column), blocks = pieces(s.width, kBlock);
       const int32_t* tokens = address<const int32_t>(s.tokens) + place.first_row;
       float* sums = partial + place.first_row * blocks + place.column / kBlock;
-      for (const Segment* before = segments; before != &s; ++before) sums += before->rows * pieces(before->width, kBlock);
+      for (const Segment* before = segments; before != &s; ++before)
+        sums += before->rows * pieces(before->width, kBlock);
 
       Panel<E> panels[kPanels];
       if (!s.preact) {

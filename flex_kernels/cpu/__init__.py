@@ -17,7 +17,9 @@ __all__ = ["describe", "experts_backward", "experts_forward", "route", "route_ba
 
 def status(device_type: str) -> str:
     """Empty when this backend runs on tensors of ``device_type``, else the reason in one sentence."""
-    return "" if device_type == "cpu" else f"the cpu backend computes on CPU tensors only, not on {device_type}."
+    return (
+        "" if device_type == "cpu" else f"the cpu backend computes on CPU tensors only, not on {device_type}."
+    )
 
 
 def describe() -> str:
@@ -41,7 +43,9 @@ def route(
     scale: float,
     want_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(ids_TK int32, weights_TK float32, gates_GT float32, logits_TE float32 or [0, E]); see ``autograd.route``."""
+    """(ids_TK int32, weights_TK float32, gates_GT float32, logits_TE float32 or [0, E]); see
+    ``autograd.route``.
+    """
     ops.warn_if_missing()
     experts = weight_EH.shape[0]
     logits_TR = thin_product(x_TH, torch.cat([weight_EH.float(), gate_weight_GH.float()]))

@@ -16,7 +16,7 @@ BLOCK_ROWS = 512
 
 
 class Scratch:
-    """Buffers reused from block to block and from expert to expert; they grow to the largest one asked for."""
+    """Buffers reused from block to block and expert to expert; they grow to the largest asked for."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
@@ -55,7 +55,7 @@ def forward(x_TH: Tensor, groups: list[Group], out_TH: Tensor) -> None:
 
 
 def backward(dy_TH: Tensor, x_TH: Tensor, groups: list[Group], dx_TH: Tensor | None) -> None:
-    """Fill dscale and the weight gradients of every group, and dx += their part (float32), where asked for."""
+    """Fill dscale and the weight gradients of every group; dx += their part (float32), if asked for."""
     scratch = Scratch(x_TH.dtype)
     hidden = x_TH.shape[1]
     for group in groups:
@@ -75,8 +75,10 @@ def backward(dy_TH: Tensor, x_TH: Tensor, groups: list[Group], dx_TH: Tensor | N
                 torch.mm(rows_nH, group.gate_up_2IH.t(), out=z_n2I)
             ops.kernels.gather_rows(dy_TH, tokens_n, dy_nH)
             torch.mm(dy_nH, group.down_HI, out=da_nI)
-            ops.kernels.swiglu_backward(z_n2I, da_nI, group.scale_n[rows], dz_n2I, group.dscale_n[rows], scaled_nI)
-            if group.ddown_HI is not None:
+            ops.kernels.swiglu_backward(
+                z_n2I, da_nI, group.scale_n[rows], dz_n2I, group.dscale_n[rows], scaled_nI
+            )
+            if group.ddown_HI is not None and scaled_nI is not None:
                 group.add_gradient(group.ddown_HI, dy_nH, scaled_nI)
             if group.dgate_up_2IH is not None:
                 group.add_gradient(group.dgate_up_2IH, dz_n2I, rows_nH)

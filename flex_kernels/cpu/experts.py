@@ -1,4 +1,5 @@
-"""The ``experts`` op on the CPU: plan the groups, run them on the fastest engine here, assemble what comes out.
+"""The ``experts`` op on the CPU: plan the groups, run them on the fastest engine here, assemble what comes
+out.
 
 Letters: T tokens, H hidden, E routed experts, K chosen, I expert width, N = T*K rows in expert order.
 """
@@ -31,7 +32,9 @@ def experts_forward(
     mix: str,
     save_preact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y_TH, routed [N, 2I], personal [T, 2Ip] and shared [T, 2Is] pre-activations); see ``autograd.experts``."""
+    """(y_TH, routed [N, 2I], personal [T, 2Ip] and shared [T, 2Is] pre-activations); see
+    ``autograd.experts``.
+    """
     ops.warn_if_missing()
     personal = pair(personal_gate_up_2IH, personal_down_HI)
     shared = pair(shared_gate_up_2IH, shared_down_HI)
@@ -77,7 +80,8 @@ def experts_backward(
     mix: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of (x, weights, gate_up, down, personal gate_up, personal down, gate, shared gate_up, shared down,
+    """Gradients of (x, weights, gate_up, down, personal gate_up, personal down, gate, shared gate_up, shared
+    down,
     shared gate); zero elements where ``needs`` is false. See ``autograd.experts_backward``."""
     need_x, need_weights, need_up, need_down, need_p_up, need_p_down, need_gate, *need_shared = needs
     need_s_up, need_s_down, need_s_gate = need_shared
@@ -139,7 +143,9 @@ def experts_backward(
     )
 
 
-def add_dense(groups: list[Group], group: Group, tokens: int, dgate_up: Tensor | None, ddown: Tensor | None) -> None:
+def add_dense(
+    groups: list[Group], group: Group, tokens: int, dgate_up: Tensor | None, ddown: Tensor | None
+) -> None:
     group.dscale_n = torch.zeros(tokens)
     group.dgate_up_2IH, group.ddown_HI = dgate_up, ddown
     groups.append(group)
@@ -161,13 +167,15 @@ def scale_gradients(
     dg = <dy, E_p(x)> - <dy, r>, with <dy, r> = sum_k s_k ds_k + s_shared ds_shared.
     """
     closed_T = plan.closed_T
-    dweights_TK = dgate_T = dshared_T = None
+    dweights_TK: Tensor | None = None
+    dgate_T: Tensor | None = None
+    dshared_T: Tensor | None = None
+    dslot_TK = torch.zeros(weights_TK.shape)
     if need_weights or (need_gate and closed_T is not None):
-        dslot_TK = torch.zeros(weights_TK.shape)
         used = plan.offsets[-1]
         dslot_TK.view(-1)[plan.order_N[:used]] = dscale_N[:used]
-        if need_weights:
-            dweights_TK = dslot_TK if closed_T is None else dslot_TK * closed_T[:, None]
+    if need_weights:
+        dweights_TK = dslot_TK if closed_T is None else dslot_TK * closed_T[:, None]
     if need_shared_gate and plan.shared is not None:
         dshared_T = plan.shared.dscale_n if closed_T is None else plan.shared.dscale_n * closed_T
     if need_gate and plan.personal is not None:
@@ -175,6 +183,6 @@ def scale_gradients(
         if closed_T is not None:
             dgate_T = dgate_T - (weights_TK * dslot_TK).sum(-1)
             if plan.shared is not None:
-                dscale_T = plan.shared.dscale_n
-                dgate_T = dgate_T - (dscale_T if shared_gate_T is None else shared_gate_T * dscale_T)
+                gate: Tensor | float = 1.0 if shared_gate_T is None else shared_gate_T
+                dgate_T = dgate_T - gate * plan.shared.dscale_n
     return dweights_TK, dgate_T, dshared_T

@@ -1,8 +1,9 @@
-"""The row kernels of the CPU backend in plain torch: the same names and results as :mod:`flex_kernels.cpu.native`.
+"""The row kernels of the CPU backend in plain torch: the same names and results as
+:mod:`flex_kernels.cpu.native`.
 
 Used when the native extension is not built. Slower and with more temporaries, never different in meaning.
-Letters: T tokens, H hidden, E routed experts, K chosen, G sigmoid gates, I expert width, N = T*K rows in expert
-order, n rows of one block.
+Letters: T tokens, H hidden, E routed experts, K chosen, G sigmoid gates, I expert width, N = T*K rows in
+expert order, n rows of one block.
 """
 
 from __future__ import annotations
@@ -13,9 +14,17 @@ from torch import Tensor
 
 
 def choose(
-    logits_TR: Tensor, experts: int, bias_E: Tensor | None, top_k: int, normalize: bool, score: str, scale: float
+    logits_TR: Tensor,
+    experts: int,
+    bias_E: Tensor | None,
+    top_k: int,
+    normalize: bool,
+    score: str,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Top-k of the first ``experts`` columns: (ids_TK int32, weights_TK float32); ties go to the lowest index."""
+    """Top-k of the first ``experts`` columns: (ids_TK int32, weights_TK float32); ties go to the lowest
+    index.
+    """
     logits_TE = logits_TR[:, :experts]
     p_TE = logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
     choice_TE = p_TE if bias_E is None else p_TE + bias_E.float()
@@ -34,8 +43,8 @@ def open_gates(logits_TR: Tensor, experts: int, bias_G: Tensor) -> Tensor:
 def sort_rows(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Stable counting sort of the slots by expert: (offsets [E+1] int32, order [N] int32).
 
-    ``order[offsets[e]:offsets[e + 1]]`` are the flat slots t*K + k that chose e. Ids outside [0, E) are left out:
-    they take no row, and ``order`` ends with ``offsets[E]`` rows in use.
+    ``order[offsets[e]:offsets[e + 1]]`` are the flat slots t*K + k that chose e. Ids outside [0, E) are left
+    out: they take no row, and ``order`` ends with ``offsets[E]`` rows in use.
     """
     flat_N = ids_TK.reshape(-1).long()
     flat_N = torch.where((flat_N < 0) | (flat_N >= experts), experts, flat_N)
@@ -60,7 +69,8 @@ def swiglu_backward(
 ) -> None:
     """With a = silu(gate) * up and y = scale * down(a), given da = dy @ down:
 
-    dscale = <da, a> a row; dz = scale * da * da/dz; scaled = scale * a, when asked for. ``dz_n2I`` may be ``z_n2I``.
+    dscale = <da, a> a row; dz = scale * da * da/dz; scaled = scale * a, when asked for. ``dz_n2I`` may be
+    ``z_n2I``.
     """
     gate_nI, up_nI = z_n2I.float().chunk(2, dim=-1)
     da_nI, scale_n1 = da_nI.float(), scale_n[:, None]

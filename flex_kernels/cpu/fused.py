@@ -1,4 +1,5 @@
-"""Feed-forward blocks on the native fused kernels: lays out segments and buffers, and calls the kernels in turn.
+"""Feed-forward blocks on the native fused kernels: lays out segments and buffers, and calls the kernels in
+turn.
 
 Letters: T tokens, H hidden, I expert width, n rows of one segment, S segments.
 """
@@ -13,8 +14,8 @@ from torch import Tensor
 from flex_kernels.cpu import ops
 from flex_kernels.cpu.plan import WEIGHT_ROWS, Group
 
-# Between a part of the hidden rows at a time and all of them: small calls must not hold them all, large calls gain
-# nothing beyond this many rows.
+# Between a part of the hidden rows at a time and all of them: small calls must not hold them all, large calls
+# gain nothing beyond this many rows.
 PARTS = 8
 FEWEST_ROWS = 64
 MOST_ROWS = 2048
@@ -22,7 +23,9 @@ MOST_ROWS = 2048
 
 @dataclass
 class Segment:
-    """Rows [start, end) of a group; ``at`` is where its hidden rows start in the buffer of its batch, in rows * I."""
+    """Rows [start, end) of a group; ``at`` is where its hidden rows start in the buffer of its batch, in
+    rows * I.
+    """
 
     group: Group
     start: int
@@ -97,7 +100,7 @@ def words(s: Segment, hidden: Tensor, factor: int, scaled: Tensor | None) -> lis
         g.scale_n.data_ptr() + 4 * s.start,
         hidden.data_ptr() + factor * s.at * size,
         preact,
-        0 if g.dscale_n is None else g.dscale_n.data_ptr() + 4 * s.start,
+        g.dscale_n.data_ptr() + 4 * s.start if g.dscale_n.numel() else 0,
         scaled.data_ptr() + s.at * size if scaled is not None and wants_scaled else 0,
     ]
 
@@ -114,7 +117,7 @@ def forward(x_TH: Tensor, groups: list[Group], out_TH: Tensor) -> None:
 
 
 def backward(dy_TH: Tensor, x_TH: Tensor, groups: list[Group], dx_TH: Tensor | None) -> None:
-    """Fill dscale and the weight gradients of every group, and dx += their part (float32), where asked for."""
+    """Fill dscale and the weight gradients of every group; dx += their part (float32), if asked for."""
     work = batches(groups)
     scratch = make_scratch(groups, x_TH.shape[1], 2)
     widest = widest_batch(work)
@@ -138,4 +141,6 @@ def weight_gradients(s: Segment, dy_TH: Tensor, x_TH: Tensor, dz: Tensor, scaled
         dz_n2I = dz[2 * s.at : 2 * (s.at + s.elements)].view(s.rows, 2 * s.width)
         g.add_gradient(g.dgate_up_2IH, dz_n2I, g.rows_of(x_TH, rows))
     if g.ddown_HI is not None and scaled is not None:
-        g.add_gradient(g.ddown_HI, g.rows_of(dy_TH, rows), scaled[s.at : s.at + s.elements].view(s.rows, s.width))
+        g.add_gradient(
+            g.ddown_HI, g.rows_of(dy_TH, rows), scaled[s.at : s.at + s.elements].view(s.rows, s.width)
+        )

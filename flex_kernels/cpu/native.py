@@ -1,17 +1,20 @@
-"""The native kernels on tensors: checks what the extension takes on trust, then hands over addresses and sizes.
+"""The native kernels on tensors: checks what the extension takes on trust, then hands over addresses and
+sizes.
 
-Letters: T tokens, H hidden, E routed experts, K chosen, G sigmoid gates, R = E + G columns, I expert width, N = T*K
-rows in expert order, n rows of one block, S segments.
+Letters: T tokens, H hidden, E routed experts, K chosen, G sigmoid gates, R = E + G columns, I expert width, N
+= T*K rows in expert order, n rows of one block, S segments.
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
-# isort: split
-# torch first: its own libgomp must be the one in the process, so that both share one pool of threads.
-from flex_kernels import _cpu_ops
+# After torch: its own libgomp must be the one in the process, so that both share one pool of threads.
+_cpu_ops: Any = importlib.import_module("flex_kernels._cpu_ops")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SEGMENT_WORDS: int = _cpu_ops.SEGMENT_WORDS
@@ -45,12 +48,22 @@ def dtype_code(name: str, t: Tensor) -> int:
 
 
 def choose(
-    logits_TR: Tensor, experts: int, bias_E: Tensor | None, top_k: int, normalize: bool, score: str, scale: float
+    logits_TR: Tensor,
+    experts: int,
+    bias_E: Tensor | None,
+    top_k: int,
+    normalize: bool,
+    score: str,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Top-k of the first ``experts`` columns: (ids_TK int32, weights_TK float32); ties go to the lowest index."""
+    """Top-k of the first ``experts`` columns: (ids_TK int32, weights_TK float32); ties go to the lowest
+    index.
+    """
     tokens, columns = logits_TR.shape
     if not 1 <= top_k <= experts <= columns:
-        raise ValueError(f"top_k={top_k} must be in 1..{experts}, the experts of logits {list(logits_TR.shape)}")
+        raise ValueError(
+            f"top_k={top_k} must be in 1..{experts}, the experts of logits {list(logits_TR.shape)}"
+        )
     ids_TK = torch.empty(tokens, top_k, dtype=torch.int32)
     weights_TK = torch.empty(tokens, top_k)
     bias_E = None if bias_E is None else bias_E.float().contiguous()
@@ -96,13 +109,15 @@ def open_gates(logits_TR: Tensor, experts: int, bias_G: Tensor) -> Tensor:
 def sort_rows(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Stable counting sort of the slots by expert: (offsets [E+1] int32, order [N] int32).
 
-    ``order[offsets[e]:offsets[e + 1]]`` are the flat slots t*K + k that chose e. Ids outside [0, E) are left out:
-    they take no row, and the rows of ``order`` from ``offsets[E]`` on are zero.
+    ``order[offsets[e]:offsets[e + 1]]`` are the flat slots t*K + k that chose e. Ids outside [0, E) are left
+    out: they take no row, and the rows of ``order`` from ``offsets[E]`` on are zero.
     """
     ids_TK = ids_TK.int().contiguous()
     slots = ids_TK.numel()
     if slots >= 2**31:
-        raise ValueError(f"ids {list(ids_TK.shape)} has {slots} slots; at most {2**31 - 1} can be sorted at a time")
+        raise ValueError(
+            f"ids {list(ids_TK.shape)} has {slots} slots; at most {2**31 - 1} can be sorted at a time"
+        )
     offsets = torch.empty(experts + 1, dtype=torch.int32)
     order_N = torch.zeros(slots, dtype=torch.int32)
     _cpu_ops.sort_rows(ids_TK.data_ptr(), slots, experts, offsets.data_ptr(), order_N.data_ptr())
@@ -140,7 +155,8 @@ def swiglu_backward(
 ) -> None:
     """With a = silu(gate) * up and y = scale * down(a), given da = dy @ down:
 
-    dscale = <da, a> a row; dz = scale * da * da/dz; scaled = scale * a, when asked for. ``dz_n2I`` may be ``z_n2I``.
+    dscale = <da, a> a row; dz = scale * da * da/dz; scaled = scale * a, when asked for. ``dz_n2I`` may be
+    ``z_n2I``.
     """
     rows, width = da_nI.shape
     _cpu_ops.swiglu_backward(
@@ -173,7 +189,9 @@ def scatter_add(rows_nH: Tensor, tokens_n: Tensor, scale_n: Tensor | None, out_T
 
 
 class Scratch:
-    """Working memory of the fused kernels: a piece a thread, sized for rows and operands of at most these lengths."""
+    """Working memory of the fused kernels: a piece a thread, sized for rows and operands of at most these
+    lengths.
+    """
 
     def __init__(self, longest: int, rows: int):
         self.threads = torch.get_num_threads()
@@ -185,7 +203,7 @@ class Scratch:
 
 
 def up(x_TH: Tensor, segments_SW: Tensor, scratch: Scratch) -> None:
-    """a = silu(x gate^T) * (x up^T) for every segment; see ``Segment`` in csrc/cpu/kernels.h for the table."""
+    """a = silu(x gate^T) * (x up^T) for every segment; csrc/cpu/kernels.h describes the table."""
     code = dtype_code("x", x_TH)
     _cpu_ops.up(code, x_TH.data_ptr(), x_TH.shape[1], *table(segments_SW), *scratch.arguments())
 
@@ -197,7 +215,9 @@ def down(segments_SW: Tensor, out_TH: Tensor, dtype: torch.dtype, scratch: Scrat
 
 
 def up_backward(x_TH: Tensor, dy_TH: Tensor, segments_SW: Tensor, partial: Tensor, scratch: Scratch) -> None:
-    """dz, dscale and scale * a of every segment; ``partial`` has rows * ceil(I / PARTIAL_COLUMNS) floats a segment."""
+    """dz, dscale and scale * a of every segment; ``partial`` has rows * ceil(I / PARTIAL_COLUMNS) floats a
+    segment.
+    """
     dy = address("dy", dy_TH, x_TH.dtype, tuple(x_TH.shape))
     _cpu_ops.up_backward(
         dtype_code("x", x_TH),

@@ -1,14 +1,15 @@
-"""What one call of the layer must compute, as a list of groups of rows: y[tokens[n]] += scale[n] * E(x[tokens[n]]).
+"""What one call must compute, as a list of groups of rows: y[tokens[n]] += scale[n] * E(x[tokens[n]]).
 
-Routed, personal and shared experts differ only in which tokens they see and with what scale, so every engine below
-this file knows groups alone.
+Routed, personal and shared experts differ only in which tokens they see and with what scale, so every engine
+below this file knows groups alone.
 
-Letters: T tokens, H hidden, E routed experts, K chosen, I expert width, N = T*K rows in expert order, n rows of one
-group.
+Letters: T tokens, H hidden, E routed experts, K chosen, I expert width, N = T*K rows in expert order, n rows
+of one group.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from flex_kernels.cpu import ops
 
-# Rows up to which a weight gradient is one product, written straight to its buffer; beyond, pieces of this many are
-# summed in float32.
+# Rows up to which a weight gradient is one product, written straight to its buffer; beyond, pieces of this
+# many are summed in float32.
 WEIGHT_ROWS = 4096
 
 
@@ -30,7 +31,7 @@ class Group:
         tokens_n: int32 rows of x, in ascending order.
         scale_n: float32 factor of each row in y.
         preact_n2I: where its pre-activations are kept, or None.
-        dscale_n: float32, filled by the backward pass with <dy, E(x)> of each row.
+        dscale_n: float32 [n], made by the caller and filled by the backward pass with <dy, E(x)> of each row.
         dgate_up_2IH, ddown_HI: where weight gradients go (zero to begin with), or None when not asked for.
         everyone: ``tokens_n`` counts up from zero: rows need no gathering.
     """
@@ -40,7 +41,7 @@ class Group:
     tokens_n: Tensor
     scale_n: Tensor
     preact_n2I: Tensor | None = None
-    dscale_n: Tensor | None = None
+    dscale_n: Tensor = field(default_factory=lambda: torch.empty(0))
     dgate_up_2IH: Tensor | None = None
     ddown_HI: Tensor | None = None
     everyone: bool = False
@@ -104,7 +105,7 @@ def make_plan(
         scale_TK = scale_TK * closed_T[:, None]
     scale_N = scale_TK.reshape(-1)[order_N]
     plan = Plan(offsets, order_N, closed_T)
-    for e, (start, end) in enumerate(zip(offsets, offsets[1:])):
+    for e, (start, end) in enumerate(itertools.pairwise(offsets)):
         if start < end:
             plan.routed.append(Group(gate_up_E2IH[e], down_EHI[e], tokens_N[start:end], scale_N[start:end]))
             plan.experts_used.append(e)
@@ -119,7 +120,9 @@ def make_plan(
 
 
 def attach_preacts(plan: Plan, preact_N2I: Tensor, personal_T2I: Tensor, shared_T2I: Tensor) -> None:
-    """Give each group its slice of the kept pre-activations; tensors with zero elements mean that none are kept."""
+    """Give each group its slice of the kept pre-activations; tensors with zero elements mean that none are
+    kept.
+    """
     if preact_N2I.numel():
         for e, group in zip(plan.experts_used, plan.routed):
             group.preact_n2I = preact_N2I[plan.offsets[e] : plan.offsets[e + 1]]
