@@ -3,11 +3,12 @@
 ``flex_kernels._cpu_ops``   always: csrc/bindings.cpp and csrc/cpu/*.cpp.
 ``flex_kernels._cuda_ops``  when nvcc is found: csrc/cuda/bindings.cpp and csrc/cuda/*.cu.
 
-Neither includes a torch header: tensors arrive as addresses and sizes, so one binary serves every torch version and
-the CUDA part compiles beside a torch without CUDA. A file ``name.avx2.cpp`` or ``name.avx512.cpp`` is compiled with
-that instruction set (x86-64 only) and chosen at run time.
+Neither includes a torch header: tensors arrive as addresses and sizes, so one binary serves every torch
+version and the CUDA part compiles beside a torch without CUDA. A file ``name.avx2.cpp`` or
+``name.avx512.cpp`` is compiled with that instruction set (x86-64 only) and chosen at run time.
 
-Build settings (environment): FLEX_KERNELS_CUDA=auto|0|1, CXX, NVCC, FLEX_KERNELS_SANITIZE=address|undefined|thread.
+Build settings (environment): FLEX_KERNELS_CUDA=auto|0|1, CXX, NVCC,
+FLEX_KERNELS_SANITIZE=address|undefined|thread.
 """
 
 from __future__ import annotations
@@ -131,6 +132,8 @@ def sources(*patterns: str) -> list[str]:
 
 extensions = [Extension("flex_kernels._cpu_ops", sources("csrc/bindings.cpp", "csrc/cpu/*.cpp"))]
 if find_nvcc():
-    extensions.append(Extension("flex_kernels._cuda_ops", sources("csrc/cuda/bindings.cpp", "csrc/cuda/*.cu")))
+    extensions.append(
+        Extension("flex_kernels._cuda_ops", sources("csrc/cuda/bindings.cpp", "csrc/cuda/*.cu"))
+    )
 
 setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})

@@ -1,7 +1,7 @@
-"""flex_kernels: the fused Mixture-of-Experts layer of FLEx (arXiv 2506.00965) with a personal expert and its gate."""
+"""The fused Mixture-of-Experts layer of FLEx (arXiv 2506.00965): a personal expert and its adaptive gate."""
 
-from flex_kernels.dispatch import BackendStatus, backends
 from flex_kernels.checkpoint import checkpoint_contexts
+from flex_kernels.dispatch import BackendStatus, backends
 from flex_kernels.layer import flex_moe
 from flex_kernels.modules import FlexMoE
 from flex_kernels.types import Experts, Personal, Routed, Router, Shared

@@ -35,7 +35,7 @@ def route(
     want_logits: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(ids_TK int32, weights_TK float32, gates_GT float32, logits_TE float32 or [0, E] when not asked for)."""
+    """(ids_TK int32, weights_TK float32, gates_GT float32, logits_TE float32 or [0, E] if not wanted)."""
     return backend_module(backend).route(
         x_TH, weight_EH, bias_E, gate_weight_GH, gate_bias_G, top_k, normalize, score, scale, want_logits
     )
@@ -232,7 +232,8 @@ def experts_backward(
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, weights, gate_up, down, personal gate_up, personal down, gate, shared gate_up, shared down,
+    """Gradients of (x, weights, gate_up, down, personal gate_up, personal down, gate, shared gate_up, shared
+    down,
     shared gate); zero elements where ``needs`` is false."""
     return backend_module(backend).experts_backward(
         grad_y_TH,
@@ -285,7 +286,7 @@ DIFFERENTIABLE = (0, 2, 3, 4, 5, 6, 7, 8, 9, 10)
 
 
 def experts_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.mix, save_preact, ctx.backend = inputs
+    *tensors, ctx.mix, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 

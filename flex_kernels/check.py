@@ -46,7 +46,7 @@ def check_ffn(name: str, gate_up: Tensor, down: Tensor, hidden: int, device: tor
 
 
 def check_ids(ids_TK: Tensor, experts: int) -> None:
-    """Looks at the values on the CPU alone: on a GPU that would wait for the device, and kernels skip such slots."""
+    """Looks at values on the CPU alone: a GPU would have to be waited for, and its kernels skip such slots."""
     if ids_TK.device.type != "cpu" or torch.compiler.is_compiling() or not ids_TK.numel():
         return
     wrong = ids_TK[(ids_TK < 0) | (ids_TK > experts)]
@@ -66,7 +66,8 @@ def check_router(
                 raise ValueError(f"routed.{name} must be [{tokens}, K] on {device}, got {got}")
         if router.ids.shape != router.weights.shape:
             raise ValueError(
-                f"routed.ids {list(router.ids.shape)} and routed.weights {list(router.weights.shape)} differ in shape"
+                f"routed.ids {list(router.ids.shape)} and routed.weights {list(router.weights.shape)} "
+                "differ in shape"
             )
         if router.ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"routed.ids must be int32 or int64, got {describe(router.ids)}")
@@ -110,13 +111,15 @@ def check_arguments(
     count, rows = experts.gate_up.shape[:2]
     if not count or not rows or rows % 2:
         raise ValueError(
-            f"experts.gate_up must hold at least one expert and an even number of rows, got {describe(experts.gate_up)}"
+            "experts.gate_up must hold at least one expert and an even number of rows, "
+            f"got {describe(experts.gate_up)}"
         )
     check_tensor("experts.down", experts.down, (count, hidden, rows // 2), device)
     for name, t in (("gate_up", experts.gate_up), ("down", experts.down)):
         if t.dtype != x.dtype and not torch.is_autocast_enabled(device.type):
             raise TypeError(
-                f"experts.{name} is {t.dtype}, but x is {x.dtype}: convert one of them, or call under torch.autocast"
+                f"experts.{name} is {t.dtype}, but x is {x.dtype}: "
+                "convert one of them, or call under torch.autocast"
             )
     check_router(router, x.numel() // hidden, count, hidden, device)
     if personal is not None:

@@ -1,8 +1,9 @@
 """Which backends this machine can run, and one sentence for each that it cannot.
 
 A backend is a module with four functions of the same names and signatures as the custom ops in
-:mod:`flex_kernels.autograd`: ``route``, ``route_backward``, ``experts_forward``, ``experts_backward``; and a function
-``status(device_type) -> str`` that returns "" when it can run on tensors of that device, else the reason.
+:mod:`flex_kernels.autograd`: ``route``, ``route_backward``, ``experts_forward``, ``experts_backward``; and a
+function ``status(device_type) -> str`` that returns "" when it can run on tensors of that device, else the
+reason.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def unavailable(name: str, device_type: str) -> str:
 
 
 def backends() -> dict[str, BackendStatus]:
-    """What this machine can run: one :class:`BackendStatus` a name, in the order reference, cpu, triton, cuda."""
+    """What this machine can run: a :class:`BackendStatus` a name, in order reference, cpu, triton, cuda."""
     found = {"reference": BackendStatus("reference", True, "plain torch, any device, float32 to float64")}
     for name in NAMES[1:]:
         reason = unavailable(name, DEVICE_OF[name])

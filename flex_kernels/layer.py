@@ -1,6 +1,7 @@
 """The fused FLEx layer: checks its arguments, picks a backend, and reads like the equations.
 
-Letters: T tokens, H hidden, E routed experts, K chosen, I expert width, G sigmoid gates (personal first, then shared).
+Letters: T tokens, H hidden, E routed experts, K chosen, I expert width, G sigmoid gates (personal first, then
+shared).
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flex_kernels import autograd, reference
-from flex_kernels.dispatch import resolve_backend
 from flex_kernels.check import check_arguments
+from flex_kernels.dispatch import resolve_backend
 from flex_kernels.types import Experts, Mix, Personal, Routed, Router, Save, Shared
 
 
@@ -29,8 +30,8 @@ def flex_moe(
 ) -> Any:
     """A Mixture-of-Experts layer with a client's personal expert mixed in by an adaptive gate.
 
-    y = r + g E_p(x) for ``mix="add"``, (1 - g) r + g E_p(x) for ``mix="convex"``, where r is the routed sum plus
-    the shared expert and g = sigmoid(x . w_g + b_g) (FLEx, arXiv 2506.00965, section 3).
+    y = r + g E_p(x) for ``mix="add"``, (1 - g) r + g E_p(x) for ``mix="convex"``, where r is the routed sum
+    plus the shared expert and g = sigmoid(x . w_g + b_g) (FLEx, arXiv 2506.00965).
 
     Args:
         x: [..., H] float32, bfloat16, float16 (float64 on the reference backend); any strides.
@@ -39,8 +40,9 @@ def flex_moe(
         personal: the client's expert and gate; any float dtype, cast to x's for the products.
         shared: the shared expert; likewise.
         mix: ``"add"`` or ``"convex"``.
-        save: ``"recompute"`` keeps x, ids, weights and gates for the backward pass (about 2H + 12K bytes a token
-            in bf16); ``"preact"`` also keeps the pre-activations, 4 K I bytes a token more, and is faster.
+        save: ``"recompute"`` keeps x, ids, weights and gates for the backward pass (about 2H + 12K bytes a
+            token in bf16); ``"preact"`` also keeps the pre-activations, 4 K I bytes a token more, and is
+            faster.
         backend: ``"auto"``, or a name from :func:`flex_kernels.backends`.
         return_router_logits: also return the router's logits [T, E] in float32.
 
@@ -51,7 +53,7 @@ def flex_moe(
         TypeError, ValueError: an argument does not fit the others; nothing has been computed.
         RuntimeError: the backend asked for cannot run here; the message says why.
 
-    Gradients exist exactly where ``requires_grad`` asks. A frozen expert weight never gets a buffer of its size.
+    Gradients exist exactly where ``requires_grad`` asks; a frozen expert weight never gets a buffer of its size.
     """
     check_arguments(x, router, experts, personal, shared, mix, save)
     if return_router_logits and isinstance(router, Routed):
@@ -90,7 +92,7 @@ def fused_moe(
     backend: str,
     want_logits: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same equations as two custom ops: thin products of x (router and gates), then the feed-forward blocks."""
+    """The same equations as two custom ops: the thin products of x, then the feed-forward blocks."""
     gate_weight_GH, gate_bias_G = stack_gates(x_TH, personal, shared)
     ids_TK, weights_TK, gates_GT, logits_TE = autograd.route(
         x_TH,

@@ -74,7 +74,8 @@ class FlexMoE(nn.Module):
         self.personal: PersonalExpert | None = None
 
     def personalize(self, expert: int, dtype: torch.dtype | None = None) -> PersonalExpert:
-        """Give the layer a personal expert: a copy of routed expert ``expert``, gated by that expert's router row.
+        """Give the layer a personal expert: a copy of routed expert ``expert``, gated by that expert's router
+        row.
 
         Raises:
             IndexError: there is no such expert.

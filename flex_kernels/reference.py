@@ -62,7 +62,7 @@ def moe(
     shared: Shared | None,
     mix: Mix,
 ) -> tuple[Tensor, Tensor | None]:
-    """y and the router's logits (None for :class:`Routed`): the equations of the FLEx layer, one line each."""
+    """y and the router's logits (None for :class:`Routed`): the equations of the layer, one line each."""
     if isinstance(router, Router):
         ids_TK, weights_TK, logits_TE = route(x_TH, router)
     else:

@@ -109,7 +109,8 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def assert_close(got: Tensor, exact: Tensor, plain: Tensor, multiple: float, what: str) -> None:
-    """The error against the float64 result may be ``multiple`` times the one of plain torch in the same dtype.
+    """The error against the float64 result may be ``multiple`` times the one of plain torch in the same
+    dtype.
 
     A floor of a few units in the last place keeps lucky roundings of the plain version from failing the test.
     """

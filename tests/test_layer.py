@@ -1,6 +1,7 @@
 """The fused layer as users call it: values, gradients, and everything torch may wrap around it.
 
-The fused backend here is the one that "auto" picks for CPU tensors; the Triton kernels have tests of their own.
+The fused backend here is the one that "auto" picks for CPU tensors; the Triton kernels have tests of their
+own.
 """
 
 from dataclasses import replace
