@@ -248,7 +248,7 @@ def draw_bars(axis: Any, entries: Sequence[tuple[str, list[float], str]], label:
 
 def add_legend(figure: Any, axes: Any) -> None:
     """One legend above the figure, each label once."""
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             handles.setdefault(label, handle)

@@ -53,7 +53,7 @@ def flex_moe(
         TypeError, ValueError: an argument does not fit the others; nothing has been computed.
         RuntimeError: the backend asked for cannot run here; the message says why.
 
-    Gradients exist exactly where ``requires_grad`` asks; a frozen expert weight never gets a buffer of its size.
+    Gradients exist exactly where ``requires_grad`` asks; a frozen weight never gets a buffer of its size.
     """
     check_arguments(x, router, experts, personal, shared, mix, save)
     if return_router_logits and isinstance(router, Routed):

@@ -65,12 +65,13 @@ class FlexMoE(nn.Module):
         self.save: Save = save
         self.backend = backend
         self.router_weight = frozen(router.weight)
+        self.router_bias: Tensor | None
         self.register_buffer("router_bias", router.bias)
         self.gate_up, self.down = frozen(experts.gate_up), frozen(experts.down)
         self.shared_gate_up = None if shared is None else frozen(shared.gate_up)
         self.shared_down = None if shared is None else frozen(shared.down)
-        gated = shared is not None and shared.gate_weight is not None
-        self.shared_gate_weight = frozen(shared.gate_weight) if gated else None
+        gate_weight = None if shared is None else shared.gate_weight
+        self.shared_gate_weight = None if gate_weight is None else frozen(gate_weight)
         self.personal: PersonalExpert | None = None
 
     def personalize(self, expert: int, dtype: torch.dtype | None = None) -> PersonalExpert:
@@ -92,7 +93,7 @@ class FlexMoE(nn.Module):
     def forward(self, x: Tensor, return_router_logits: bool = False) -> Any:
         """y [..., H]; with ``return_router_logits`` the pair (y, logits [T, E])."""
         shared = None
-        if self.shared_gate_up is not None:
+        if self.shared_gate_up is not None and self.shared_down is not None:
             shared = Shared(self.shared_gate_up, self.shared_down, self.shared_gate_weight)
         return flex_moe(
             x,

@@ -110,6 +110,13 @@ def permute(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return kernels.permute(ids_TK, experts)
 
 
+def products() -> Any:
+    """The Triton backend, whose grouped products this one shares; imported late, since triton may be missing."""
+    from flex_kernels import triton
+
+    return triton
+
+
 def helpers() -> Any:
     """The pieces of the Triton backend that these kernels replace."""
     from flex_kernels.triton.experts import Helpers
@@ -119,13 +126,9 @@ def helpers() -> Any:
 
 def experts_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`flex_kernels.autograd.experts`, less its last argument."""
-    from flex_kernels.triton import experts_forward as forward
-
-    return forward(*args, helpers())
+    return products().experts_forward(*args, helpers=helpers())
 
 
 def experts_backward(*args: Any) -> tuple[Tensor, ...]:
     """As :func:`flex_kernels.autograd.experts_backward`, less its last argument."""
-    from flex_kernels.triton import experts_backward as backward
-
-    return backward(*args, helpers())
+    return products().experts_backward(*args, helpers=helpers())
