@@ -111,7 +111,7 @@ def permute(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def products() -> Any:
-    """The Triton backend, whose grouped products this one shares; imported late, since triton may be missing."""
+    """The Triton backend, whose grouped products this one shares; imported late: triton may be missing."""
     from flex_kernels import triton
 
     return triton
