@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flex.data import Row
+from flex.rows import Row
 from flex.seeds import generator
 
 

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from flex.batching import Batch, training_batches
 from flex.config import Config
-from flex.data import ClientData
 from flex.memory import PeakMemory
 from flex.progress import plural
-from flex.report_data import SPEED_FILE, median
+from flex.report.data import SPEED_FILE, median
+from flex.rows import ClientData
 
 LAYERS = {
     "flex_kernels": "flex_kernels",

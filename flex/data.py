@@ -10,39 +10,17 @@ import gzip
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flex.config import Config
 from flex.partition import deal, shares_for
+from flex.rows import ClientData, Row
 from flex.seeds import generator
 
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the file and line, or the client."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One example. ``check`` is what a verifier needs to score an answer (see :mod:`flex.tasks`), on held-out
-    rows.
-    """
-
-    instruction: str
-    output: str
-    category: str = ""
-    client: str = ""
-    check: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class ClientData:
-    """What one client holds: rows to train on and rows kept back to measure with."""
-
-    name: str
-    train: list[Row]
-    test: list[Row]
 
 
 def load_clients(config: Config) -> list[ClientData]:

@@ -178,7 +178,7 @@ def run_demo(
         gc.collect()
     if compare_layers:
         from flex.compare import compare
-        from flex.report_data import SPEED_FILE
+        from flex.report.data import SPEED_FILE
 
         if (settings.out / SPEED_FILE).is_file():
             say(f"the stock layer was measured before: {settings.out / SPEED_FILE}")

@@ -16,8 +16,8 @@ import torch
 
 from flex.batching import evaluation_batches, prompt_ids
 from flex.config import Evaluation
-from flex.data import Row
 from flex.loss import answer_loss
+from flex.rows import Row
 from flex.seeds import generator
 
 

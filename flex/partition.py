@@ -7,15 +7,12 @@ category are shuffled from the seed and dealt in those parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flex.config import ConfigError, Partition
+from flex.rows import Row
 from flex.seeds import generator
-
-if TYPE_CHECKING:
-    from flex.data import Row
 
 Shares = dict[str, dict[str, float]]
 """Category (or field value) -> client -> part of that category's rows; parts of a category add up to 1 (or it

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from flex.observer import Observer
-from flex.report_data import human_bytes
+from flex.report.data import human_bytes
 
 
 class Lines(Observer, AbstractContextManager["Lines"]):

@@ -17,11 +17,11 @@ from torch import Tensor
 from flex.batching import number_of_steps, padded_batches, training_batches
 from flex.client import ClientRefused, LocalResult, learning_rate_factor, train_locally
 from flex.config import Config
-from flex.data import ClientData
 from flex.files import check_finite
 from flex.history import History
 from flex.memory import PeakMemory
 from flex.observer import Observer
+from flex.rows import ClientData
 from flex.seeds import generator, torch_seed
 from flex.session import Session
 from flex.state import shared_state

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from flex.config import Config, ConfigError
-from flex.data import ClientData, load_clients
+from flex.data import load_clients
+from flex.rows import ClientData
 from flex.seeds import derive_seed, torch_seed
 from flex.store import Store, StoreError
 from flex.strategies import STRATEGIES, Strategy

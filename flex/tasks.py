@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flex.config import ConfigError, suggestion
+from flex.rows import Row
 from flex.seeds import derive_seed
-
-if TYPE_CHECKING:
-    from flex.data import Row
 
 SKILLS: dict[str, dict[str, Any]] = {
     "calendar_arithmetic": {},
@@ -44,8 +42,6 @@ def reasoning_gym_rows(
     Raises:
         ConfigError: a name that reasoning-gym does not know, or a skill with too few different questions.
     """
-    from flex.data import Row
-
     train: list[Row] = []
     test: list[Row] = []
     for skill in dict.fromkeys(skills):

@@ -20,7 +20,7 @@ from flex.batching import (
     training_batches,
     without_middle,
 )
-from flex.data import Row
+from flex.rows import Row
 
 TOKENIZER = make_tokenizer()
 

@@ -298,7 +298,7 @@ def test_bench_hands_on_what_was_asked_for_and_draws_the_result(tmp_path, monkey
 
 
 def test_a_benchmark_without_cases_is_refused(tmp_path):
-    from flex.bench_plot import plot_bench
+    from flex.report.bench import plot_bench
 
     with pytest.raises(ValueError, match="no case to draw"):
         plot_bench({"cases": {}}, tmp_path / "x.png")

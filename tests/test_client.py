@@ -10,7 +10,7 @@ import flex
 from flex.batching import Example, pack, training_batches
 from flex.client import ClientRefused, learning_rate_factor, parameter_groups, train_locally
 from flex.config import Training
-from flex.data import Row
+from flex.rows import Row
 from flex_kernels import checkpoint_contexts
 
 TOKENIZER = make_tokenizer()

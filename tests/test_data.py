@@ -7,7 +7,8 @@ import json
 import pytest
 
 from flex.config import Config, ConfigError, Data, Partition
-from flex.data import DataError, Row, fingerprint, load_clients, read_jsonl, split_off
+from flex.data import DataError, fingerprint, load_clients, read_jsonl, split_off
+from flex.rows import Row
 from flex.tasks import SKILLS, reasoning_gym_rows, score
 
 

@@ -12,7 +12,7 @@ from tiny import make_model, save_tiny, tiny_config, write_rows
 
 from flex import cli, compare, progress
 from flex.demo import DemoSettings, Stages, demo_config, free_folder, partition_for, what_it_shows
-from flex.report_data import SPEED_FILE
+from flex.report.data import SPEED_FILE
 
 
 @pytest.fixture(scope="module")

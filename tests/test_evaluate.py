@@ -9,8 +9,8 @@ from tiny import make_model, make_tokenizer
 import flex
 from flex.batching import encode, prompt_ids
 from flex.config import Evaluation
-from flex.data import Row
 from flex.evaluate import evaluate_rows, evaluation_rows, generate_answers, score_answers
+from flex.rows import Row
 from flex.tasks import reasoning_gym_rows
 
 TOKENIZER = make_tokenizer()

@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 
 from flex.config import ConfigError, Partition
-from flex.data import Row
 from flex.partition import deal, shares_for
+from flex.rows import Row
 
 ROWS = [Row(str(i), "o", category="abc"[i % 3], client=f"owner{i % 2}") for i in range(30)]
 

@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny_config
 
 from flex.report import make_report
-from flex.report_data import (
+from flex.report.data import (
     SPEED_FILE,
     cost_table,
     final_table,
@@ -20,8 +20,8 @@ from flex.report_data import (
     median,
     unique_labels,
 )
-from flex.report_plots import STRATEGY_COLOURS, colours
-from flex.report_reader import read_run, read_runs
+from flex.report.plots import STRATEGY_COLOURS, colours
+from flex.report.reader import read_run, read_runs
 
 LAYERS = ["model.layers.0.mlp", "model.layers.1.mlp", "model.layers.2.mlp"]
 

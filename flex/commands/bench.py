@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt as stop:
         raise Interrupted("stopped; the same command goes on with the cases that are left") from stop
 
-    from flex.bench_plot import plot_bench
+    from flex.report.bench import plot_bench
 
     print(f"{arguments.out}\n{plot_bench(result, arguments.out.with_suffix('.png'))}")
     return 0

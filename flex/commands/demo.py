@@ -44,8 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     from flex.demo import DemoSettings, free_folder, run_demo, what_it_shows
     from flex.progress import observer_for
     from flex.report import make_report
-    from flex.report_data import cost_table, final_table, load_speed, speed_table
-    from flex.report_reader import read_runs
+    from flex.report.data import cost_table, final_table, load_speed, speed_table
+    from flex.report.reader import read_runs
 
     out = arguments.out or free_folder(Path("runs"))
     settings = DemoSettings(

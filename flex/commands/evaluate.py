@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from flex.generate import known_client, run_clients
-    from flex.report_data import METRICS, shown
+    from flex.report.data import METRICS, shown
     from flex.session import open_run
 
     if arguments.client is not None and (arguments.run_folder / "data.json").is_file():

@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     import flex
     from flex.progress import observer_for
-    from flex.report_data import cost_table, final_table
-    from flex.report_reader import read_runs
+    from flex.report.data import cost_table, final_table
+    from flex.report.reader import read_runs
 
     folder = arguments.resume if config is None else Path(config.run.folder)
     with resumable(folder), observer_for(arguments.quiet) as observer:

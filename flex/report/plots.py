@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flex.report_data import RunData, Speed, median
+from flex.report.data import RunData, Speed, median
 
 # Okabe and Ito's palette: told apart by readers with any kind of colour vision.
 STRATEGY_COLOURS = {"flex": "#009E73", "fedavg": "#0072B2", "local": "#E69F00"}

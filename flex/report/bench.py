@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flex.report_data import median
-from flex.report_plots import STYLE, add_legend, finish, pyplot
+from flex.report.data import median
+from flex.report.plots import STYLE, add_legend, finish, pyplot
 
 LOOKS = {
     # implementation -> (colour, line style, marker)

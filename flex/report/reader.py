@@ -9,7 +9,7 @@ from typing import Any
 
 from flex.config import Config
 from flex.history import read_history
-from flex.report_data import METRICS, RunData, unique_labels
+from flex.report.data import METRICS, RunData, unique_labels
 from flex.strategies import STRATEGIES
 
 

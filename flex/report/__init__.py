@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from flex.files import atomic_write
-from flex.report_data import (
+from flex.report.data import (
     RunData,
     cost_table,
     final_table,
     load_speed,
     speed_table,
 )
-from flex.report_page import Section, Table, page
-from flex.report_plots import plot_bytes, plot_gates, plot_loss, plot_memory, plot_speed
-from flex.report_reader import read_runs
+from flex.report.page import Section, Table, page
+from flex.report.plots import plot_bytes, plot_gates, plot_loss, plot_memory, plot_speed
+from flex.report.reader import read_runs
 
 
 @dataclass(frozen=True)
