@@ -37,7 +37,7 @@ SHAPES = {
     "deepseek": Shape(2048, 1408, 64, 6),
     "olmoe": Shape(2048, 1024, 64, 8),
     "mixtral": Shape(4096, 14336, 8, 2, normalize=True),
-    "demo": Shape(576, 512, 8, 4, normalize=True),
+    "demo": Shape(576, 960, 4, 2, normalize=True),
 }
 
 

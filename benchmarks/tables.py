@@ -1,0 +1,96 @@
+"""Prints the committed results as Markdown tables: what docs/results.md shows.
+
+python -m benchmarks.tables benchmarks/results/layer_cpu.json
+python -m benchmarks.tables benchmarks/results/federation.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+STOCK = ("transformers eager", "transformers grouped_mm")
+MODES = {
+    "forward": "forward",
+    "backward": "forward + backward",
+    "personal": "forward + backward, personal expert",
+}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def layer_tables(result: dict[str, Any]) -> str:
+    """One table a shape, dtype and mode: milliseconds, and the ratio to the faster of transformers' two."""
+    parts = []
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for case in result["cases"].values():
+        groups.setdefault((case["shape"], case["dtype"], case["mode"]), []).append(case)
+    for (shape, dtype, mode), cases in groups.items():
+        names = list(cases[0]["median_seconds"])
+        flex = [n for n in names if n.startswith("flex")]
+        header = ["T", *(f"{n}, ms" for n in names), *(f"{n}: times as fast" for n in flex)]
+        rows = []
+        for case in sorted(cases, key=lambda c: c["tokens"]):
+            medians = case["median_seconds"]
+            best = min(medians[n] for n in STOCK)
+            rows.append(
+                [
+                    f"{case['tokens']:,}",
+                    *(f"{1e3 * medians[n]:.1f}" for n in names),
+                    *(f"{best / medians[n]:.2f}" for n in flex),
+                ]
+            )
+        parts.append(f"**{shape}, {dtype}, {MODES[mode]}**\n\n{table(header, rows)}")
+    return "\n\n".join([*parts, memory_table(result["memory"])])
+
+
+def memory_table(memory: dict[str, dict[str, int]]) -> str:
+    """Peak extra MiB of a forward and backward step."""
+    rows, tokens = [], sorted({t for held in memory.values() for t in held}, key=int)
+    for key, held in memory.items():
+        shape, dtype, name = key.split(" ", 2)
+        stock = memory.get(f"{shape} {dtype} transformers grouped_mm", {})
+        cells = []
+        for t in tokens:
+            cell = "" if t not in held else f"{held[t] / 2**20:,.1f}"
+            if t in held and t in stock and name.startswith("flex"):
+                cell += f" ({held[t] / stock[t]:.2f})"
+            cells.append(cell)
+        rows.append([f"{shape} {dtype} {name}", *cells])
+    header = ["", *(f"T={int(t):,}" for t in tokens)]
+    title = "Peak extra memory of forward + backward, MiB (in brackets: parts of grouped_mm's)"
+    return f"**{title}**\n\n{table(header, rows)}"
+
+
+def federation_table(result: dict[str, Any]) -> str:
+    """Seconds and memory a round by number of clients."""
+    header = ["clients", "s a round", "resident before, MiB", "peak, MiB", "personal states on disk, MiB"]
+    mib = 2**20
+    rows = [
+        [
+            f"{r['clients']:,}",
+            f"{r['seconds_round']:.1f}",
+            f"{r['rss_before_bytes'] / mib:.0f}",
+            f"{r['rss_peak_bytes'] / mib:.0f}",
+            f"{r['all_personal_states_bytes'] / mib:.1f}",
+        ]
+        for r in result["results"]
+    ]
+    return table(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print results as Markdown tables.")
+    parser.add_argument("file", type=Path)
+    result = json.loads(parser.parse_args().file.read_text())
+    print(layer_tables(result) if "cases" in result else federation_table(result))
+
+
+if __name__ == "__main__":
+    main()
