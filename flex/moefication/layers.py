@@ -62,7 +62,7 @@ class Recipe:
     logit_scale: float = 0.1
     sequences: int = 64
     length: int = 256
-    steps: int = 12
+    steps: int = 30
     rows: int = 4
     learning_rate: float = 3e-4
     seed: int = 0
