@@ -27,14 +27,6 @@ void set_isa(const std::string& name) {
     throw std::invalid_argument("isa='" + name + "' is not one that this processor and build can run");
 }
 
-// Bytes of scratch that one thread needs for segments of at most `rows` rows and operands of `longest` elements.
-int64_t scratch_bytes(int64_t longest, int64_t rows) {
-  const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
-  const int64_t b = flex::kBlockColumns * smaller(longest, flex::kBlockWords);
-  const int64_t a = flex::kPanelRows * (flex::kBlockWords + 16);
-  return 4 * (b + a + 3 * flex::kPartialColumns * smaller(rows, flex::kBlockRows));
-}
-
 void need_fused() {
   if (!kernels().fused) throw std::runtime_error(std::string("the ") + kernels().name + " kernels are not fused");
 }
@@ -55,7 +47,8 @@ PYBIND11_MODULE(_cpu_ops, m) {
   }, "The instruction sets that can run here, best first.");
   m.attr("SEGMENT_WORDS") = sizeof(Segment) / sizeof(int64_t);
   m.attr("PARTIAL_COLUMNS") = flex::kPartialColumns;
-  m.def("scratch_bytes", &scratch_bytes);
+  m.attr("THIN_ROWS") = flex::kThinRows;
+  m.def("scratch_bytes", &flex::bytes_a_thread);
 
   m.def("gather_rows", [](Address source, Address tokens, Address out, int64_t rows, int64_t bytes, int threads) {
     flex::gather_rows(at<void>(source), at<int32_t>(tokens), at<void>(out), rows, bytes, threads);

@@ -89,6 +89,40 @@ def test_few_tokens(engine, T, E, K):
     agree(make_case(T=T, E=E, K=K), mix="convex", save="preact")
 
 
+def one_expert_each(counts: list[int], H: int, I: int) -> Case:
+    """Routed experts alone; expert e serves ``counts[e]`` tokens, which lie apart from each other."""
+    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    shuffled = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(3))][:, None]
+    case = make_case(T=len(ids), H=H, E=len(counts), K=1, I=I, personal=False, shared="none")
+    weights = torch.rand(shuffled.shape, generator=torch.Generator().manual_seed(2))
+    return replace(case, router=Routed(shuffled, weights))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("save", ["recompute", "preact"])
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "generic"])
+def test_every_number_of_rows_around_the_thin_kernels(isa, save, dtype):
+    most = ops.kernels.THIN_ROWS
+    ops.kernels.set_isa(isa)
+    try:
+        case = one_expert_each([*range(1, 18), most - 1, most, most + 1], H=101, I=67)
+        # float64 copies of the rounded case, so that both sides see the same numbers.
+        agree(case.to(dtype), "x", "router.weights", save=save)
+    finally:
+        ops.kernels.set_isa("auto")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("H, I", [(6301, 3), (3, 3203)])
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "generic"])
+def test_a_thin_reduction_longer_than_its_scratch_goes_in_blocks(isa, H, I, dtype):
+    ops.kernels.set_isa(isa)
+    try:
+        agree(one_expert_each([ops.kernels.THIN_ROWS, 1], H, I).to(dtype), "x", "router.weights")
+    finally:
+        ops.kernels.set_isa("auto")
+
+
 def test_all_tokens_on_one_expert_and_skipped_slots(engine):
     case = make_case(T=30, E=6, K=3)
     ids = torch.full((30, 3), 4)
@@ -120,8 +154,9 @@ def test_frozen_experts_get_no_buffer_of_their_size():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "generic"])
-def test_results_do_not_depend_on_the_number_of_threads(isa, dtype):
-    case = make_case(T=70, H=300, E=4, K=2, I=70, dtype=dtype)
+@pytest.mark.parametrize("T, I", [(70, 70), (9, 1200)], ids=["many rows", "few rows"])
+def test_results_do_not_depend_on_the_number_of_threads(isa, dtype, T, I):
+    case = make_case(T=T, H=300, E=4, K=2, I=I, dtype=dtype)
     before = torch.get_num_threads()
     ops.kernels.set_isa(isa)
     try:
@@ -132,7 +167,8 @@ def test_results_do_not_depend_on_the_number_of_threads(isa, dtype):
     finally:
         torch.set_num_threads(before)
         ops.kernels.set_isa("auto")
-    assert torch.equal(one["y"], three["y"]) and torch.equal(one["x"], three["x"])
+    assert all(torch.equal(one[name], three[name]) for name in ("y", "x"))
+    assert torch.equal(one["personal.gate_weight"], three["personal.gate_weight"])
 
 
 def test_weights_that_are_not_row_contiguous_are_still_right():
@@ -172,6 +208,18 @@ def test_batches_cover_every_row_once_within_the_budget():
     assert fused.widest_batch(work) <= max(total // fused.PARTS, fused.FEWEST_ROWS * 64)
     for batch in work:
         assert [s.at for s in batch] == [sum(p.elements for p in batch[:i]) for i in range(len(batch))]
+
+
+def test_weights_that_backward_reads_twice_share_a_batch_only_within_the_limit():
+    groups = [group_of(2, 16) for _ in range(5)]
+    size = fused.bytes_read_twice(groups[0])
+    assert size == 4 * 3 * 16 * 8
+    assert [len(b) for b in fused.batches(groups, most_bytes=2 * size)] == [2, 2, 1]
+    assert [len(b) for b in fused.batches(groups, most_bytes=1)] == [1] * 5
+    many = group_of(ops.kernels.THIN_ROWS + 1, 16)
+    kept = group_of(2, 16, preact_n2I=torch.zeros(2, 32))
+    assert fused.bytes_read_twice(many) == fused.bytes_read_twice(kept) == 0
+    assert len(fused.batches([kept, many], most_bytes=1)) == 1
 
 
 def test_a_weight_gradient_over_many_rows_is_summed_in_pieces(monkeypatch):

@@ -10,6 +10,7 @@
 #endif
 
 #include "cpu/gemm.h"
+#include "cpu/thin.h"
 
 namespace {
 
@@ -29,23 +30,40 @@ inline T* address(int64_t word) { return reinterpret_cast<T*>(static_cast<uintpt
 // Task `number` of a grid of row blocks and column blocks over all segments.
 struct Place {
   const Segment* segment;
-  int64_t first_row, rows, column;
+  int64_t first_row, rows, column, columns;
 };
 
-inline int64_t tasks_of(const Segment& s, int64_t block) { return pieces(s.rows, kBlockRows) * pieces(s.width, block); }
+inline bool is_thin(const Segment& s) { return s.rows <= kThinRows; }
 
-inline int64_t task_count(const Segment* segments, int64_t count, int64_t block) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) total += tasks_of(segments[i], block);
-  return total;
-}
+// How segments are cut: columns of a task by whether it has few rows. No sum depends on it, so it may follow the
+// threads.
+struct Grid {
+  int64_t wide, thin;
 
-inline Place place_of(int64_t number, const Segment* segments, int64_t block) {
-  const Segment* s = segments;
-  for (; number >= tasks_of(*s, block); ++s) number -= tasks_of(*s, block);
-  const int64_t columns = pieces(s->width, block), row = number / columns * kBlockRows;
-  return {s, row, smaller(kBlockRows, s->rows - row), number % columns * block};
-}
+  Grid(const Segment* segments, int64_t count, int64_t block, int threads) : wide(block) {
+    int64_t columns = 0;
+    for (int64_t i = 0; i < count; ++i) columns += is_thin(segments[i]) ? segments[i].width : 0;
+    constexpr int64_t kUnit = flex::kPartialColumns;
+    const int64_t share = pieces(columns, int64_t{4} * threads * kUnit) * kUnit;
+    thin = smaller(share < kUnit ? kUnit : share, flex::kThinColumns);
+  }
+
+  int64_t columns(const Segment& s) const { return is_thin(s) ? thin : wide; }
+  int64_t tasks(const Segment& s) const { return pieces(s.rows, kBlockRows) * pieces(s.width, columns(s)); }
+  int64_t tasks(const Segment* segments, int64_t count) const {
+    int64_t total = 0;
+    for (int64_t i = 0; i < count; ++i) total += tasks(segments[i]);
+    return total;
+  }
+
+  Place place(int64_t number, const Segment* segments) const {
+    const Segment* s = segments;
+    for (; number >= tasks(*s); ++s) number -= tasks(*s);
+    const int64_t block = columns(*s), across = pieces(s->width, block), row = number / across * kBlockRows;
+    const int64_t column = number % across * block;
+    return {s, row, smaller(kBlockRows, s->rows - row), column, smaller(block, s->width - column)};
+  }
+};
 
 inline int64_t longest(const Segment* segments, int64_t count, int64_t hidden, int64_t factor) {
   int64_t most = hidden;
@@ -54,14 +72,35 @@ inline int64_t longest(const Segment* segments, int64_t count, int64_t hidden, i
   return most;
 }
 
-// The panels of `columns` columns that start at `base`.
+// Adds the panels of `columns` columns that start at `base` to the first `count`; returns their number then.
 template <class E>
-inline int cut(const typename E::T* base, int64_t ld, int64_t columns, bool transposed, Panel<E>* out) {
-  int count = 0;
-  for (int64_t j = 0; j < columns; j += kPanelColumns)
-    out[count++] = {base + (transposed ? j * ld : j), ld, static_cast<int>(smaller(kPanelColumns, columns - j)),
-                    transposed};
+inline int cut(const typename E::T* base, int64_t ld, int64_t columns, bool transposed, Panel<E>* panels, int count) {
+  for (int64_t j = 0; j < columns && count < kPanels; j += kPanelColumns)
+    panels[count++] = {base + (transposed ? j * ld : j), ld, static_cast<int>(smaller(kPanelColumns, columns - j)),
+                       transposed};
   return count;
+}
+
+// Both halves of z for a task: gate in columns [0, lifted) of c, up from column `lifted` on, `lifted` being the task's
+// columns in whole panels.
+template <class E>
+void gate_and_up(const typename E::T* x, int64_t hidden, const Place& place, float* c, int64_t ldc,
+                 const Workspace& work) {
+  const Segment& s = *place.segment;
+  const int32_t* tokens = address<const int32_t>(s.tokens) + place.first_row;
+  const auto* gate = address<const typename E::T>(s.gate_up) + place.column * s.gate_up_ld;
+  const auto* lift = gate + s.width * s.gate_up_ld;
+  if (is_thin(s)) {
+    const int64_t lifted = pieces(place.columns, kPanelColumns) * kPanelColumns;
+    thin_product<E>(x, hidden, tokens, place.rows, hidden, gate, s.gate_up_ld, place.columns, true, c, ldc, work);
+    thin_product<E>(x, hidden, tokens, place.rows, hidden, lift, s.gate_up_ld, place.columns, true, c + lifted, ldc,
+                    work);
+    return;
+  }
+  Panel<E> panels[kPanels];
+  const int half = cut<E>(gate, s.gate_up_ld, place.columns, true, panels, 0);
+  const int both = cut<E>(lift, s.gate_up_ld, place.columns, true, panels, half);
+  product<E>(x, hidden, tokens, place.rows, hidden, panels, both, c, ldc, work);
 }
 
 // a = silu(x gate^T) * (x up^T); keeps both products where the segment asks.
@@ -69,25 +108,20 @@ template <class E>
 void up(const void* x, int64_t hidden, const Segment* segments, int64_t count, void* scratch, int64_t bytes,
         int threads) {
   using T = typename E::T;
-  constexpr int64_t kBlock = kBlockColumns / 2;
-  const int64_t tasks = task_count(segments, count, kBlock);
+  const Grid grid(segments, count, kBlockColumns / 2, threads);
+  const int64_t tasks = grid.tasks(segments, count);
 #pragma omp parallel num_threads(threads)
   {
     const Workspace work(scratch, bytes, thread_index(), hidden);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; ++task) {
-      const Place place = place_of(task, segments, kBlock);
+      const Place place = grid.place(task, segments);
       const Segment& s = *place.segment;
-      const T* weight = address<const T>(s.gate_up) + place.column * s.gate_up_ld;
-      const int64_t columns = smaller(kBlock, s.width - place.column);
-      Panel<E> panels[kPanels];
-      const int half = cut<E>(weight, s.gate_up_ld, columns, true, panels);
-      cut<E>(weight + s.width * s.gate_up_ld, s.gate_up_ld, columns, true, panels + half);
-      product<E>(static_cast<const T*>(x), hidden, address<const int32_t>(s.tokens) + place.first_row, place.rows,
-                 hidden, panels, 2 * half, work.c, kBlockColumns, work);
+      const int64_t columns = place.columns, lifted = pieces(columns, kPanelColumns) * kPanelColumns;
+      gate_and_up<E>(static_cast<const T*>(x), hidden, place, work.c, 2 * lifted, work);
       for (int64_t r = 0; r < place.rows; ++r) {
-        const float* gate = work.c + r * kBlockColumns;
-        const float* lift = gate + half * kPanelColumns;
+        const float* gate = work.c + r * 2 * lifted;
+        const float* lift = gate + lifted;
         const int64_t row = place.first_row + r;
         swiglu_row<Float32, E>(gate, lift, address<T>(s.hidden) + row * s.width + place.column, columns);
         if (!s.preact) continue;
@@ -101,56 +135,64 @@ void up(const void* x, int64_t hidden, const Segment* segments, int64_t count, v
   }
 }
 
+// The right operand of a projection, [k, hidden], and the factor of each row (null for one).
+template <class E>
+struct Right {
+  const typename E::T* base;
+  int64_t ld, k;
+  bool transposed;
+  const float* scale;
+};
+
 // out[tokens] += scale * (rows B) with B [k, hidden] of each segment, a slice of columns at a time.
 template <class E, class Operand>
 void project(const Segment* segments, int64_t count, int64_t hidden, float* out, void* scratch, int64_t bytes,
-             int threads, int64_t most, Operand operand) {
+             int threads, int64_t most, int64_t width, Operand operand) {
   using T = typename E::T;
-  const int64_t slices = pieces(hidden, kBlockColumns);
+  const int64_t slices = pieces(hidden, width);
 #pragma omp parallel num_threads(threads)
   {
     const Workspace work(scratch, bytes, thread_index(), most);
 #pragma omp for schedule(dynamic)
     for (int64_t slice = 0; slice < slices; ++slice) {
-      const int64_t column = slice * kBlockColumns, columns = smaller(kBlockColumns, hidden - column);
+      const int64_t start = slice * width, end = smaller(start + width, hidden);
       for (int64_t i = 0; i < count; ++i) {
         const Segment& s = segments[i];
-        const auto from = operand(s, column, columns);
-        for (int64_t row = 0; row < s.rows; row += kBlockRows) {
-          const int64_t rows = smaller(kBlockRows, s.rows - row);
-          product<E>(address<const T>(s.hidden) + row * from.k, from.k, nullptr, rows, from.k, from.panels, from.count,
-                     work.c, kBlockColumns, work);
-          const int32_t* tokens = address<const int32_t>(s.tokens) + row;
-          for (int64_t r = 0; r < rows; ++r)
-            add_row<Float32>(work.c + r * kBlockColumns, from.scale ? from.scale[row + r] : 1.0f,
-                             out + tokens[r] * hidden + column, columns);
+        const Right<E> right = operand(s);
+        const int64_t across = is_thin(s) ? width : kBlockColumns;
+        for (int64_t column = start; column < end; column += across) {
+          const int64_t columns = smaller(across, end - column);
+          const int64_t ldc = pieces(columns, kPanelColumns) * kPanelColumns;
+          const T* base = right.base + column * (right.transposed ? right.ld : 1);
+          Panel<E> panels[kPanels];
+          const int panel_count = is_thin(s) ? 0 : cut<E>(base, right.ld, columns, right.transposed, panels, 0);
+          for (int64_t row = 0; row < s.rows; row += kBlockRows) {
+            const int64_t rows = smaller(kBlockRows, s.rows - row);
+            const T* from = address<const T>(s.hidden) + row * right.k;
+            if (is_thin(s))
+              thin_product<E>(from, right.k, nullptr, rows, right.k, base, right.ld, columns, right.transposed, work.c,
+                              ldc, work);
+            else
+              product<E>(from, right.k, nullptr, rows, right.k, panels, panel_count, work.c, ldc, work);
+            const int32_t* tokens = address<const int32_t>(s.tokens) + row;
+            for (int64_t r = 0; r < rows; ++r)
+              add_row<Float32>(work.c + r * ldc, right.scale ? right.scale[row + r] : 1.0f,
+                               out + tokens[r] * hidden + column, columns);
+          }
         }
       }
     }
   }
 }
 
-// The right operand of a projection: its panels, its length, and the factor of each row (null for one).
-template <class E>
-struct Right {
-  Panel<E> panels[kPanels];
-  int count;
-  int64_t k;
-  const float* scale;
-};
-
 // out[tokens] += scale * (a down^T)
 template <class E>
 void down(const Segment* segments, int64_t count, int64_t hidden, float* out, void* scratch, int64_t bytes,
           int threads) {
-  project<E>(segments, count, hidden, out, scratch, bytes, threads, longest(segments, count, hidden, 1),
-             [](const Segment& s, int64_t column, int64_t columns) {
-               Right<E> right;
-               auto* weight = address<const typename E::T>(s.down) + column * s.down_ld;
-               right.count = cut<E>(weight, s.down_ld, columns, true, right.panels);
-               right.k = s.width;
-               right.scale = address<const float>(s.scale);
-               return right;
+  project<E>(segments, count, hidden, out, scratch, bytes, threads, longest(segments, count, hidden, 1), kBlockColumns,
+             [](const Segment& s) {
+               return Right<E>{address<const typename E::T>(s.down), s.down_ld, s.width, true,
+                               address<const float>(s.scale)};
              });
 }
 
@@ -158,14 +200,14 @@ void down(const Segment* segments, int64_t count, int64_t hidden, float* out, vo
 template <class E>
 void down_backward(const Segment* segments, int64_t count, int64_t hidden, float* dx, void* scratch, int64_t bytes,
                    int threads) {
+  // A slice reads a stretch of every weight row, each on a page of its own: with few rows these want to be long.
+  int64_t width = kBlockColumns;
+  for (int64_t i = 0; i < count; ++i)
+    if (is_thin(segments[i])) width = 2 * flex::kThinColumns;
+  const int64_t share = pieces(hidden, int64_t{2} * threads * kBlockColumns) * kBlockColumns;
   project<E>(segments, count, hidden, dx, scratch, bytes, threads, longest(segments, count, hidden, 2),
-             [](const Segment& s, int64_t column, int64_t columns) {
-               Right<E> right;
-               auto* weight = address<const typename E::T>(s.gate_up) + column;
-               right.count = cut<E>(weight, s.gate_up_ld, columns, false, right.panels);
-               right.k = 2 * s.width;
-               right.scale = nullptr;
-               return right;
+             smaller(width, share), [](const Segment& s) {
+               return Right<E>{address<const typename E::T>(s.gate_up), s.gate_up_ld, 2 * s.width, false, nullptr};
              });
 }
 
@@ -174,55 +216,60 @@ template <class E>
 void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* segments, int64_t count,
                  float* partial, void* scratch, int64_t bytes, int threads) {
   using T = typename E::T;
-  constexpr int64_t kBlock = flex::kPartialColumns, kAcross = 3 * kBlock;
-  const int64_t tasks = task_count(segments, count, kBlock);
+  constexpr int64_t kUnit = flex::kPartialColumns;
+  const Grid grid(segments, count, kUnit, threads);
+  const int64_t tasks = grid.tasks(segments, count);
 #pragma omp parallel num_threads(threads)
   {
     const Workspace work(scratch, bytes, thread_index(), hidden);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; ++task) {
-      const Place place = place_of(task, segments, kBlock);
+      const Place place = grid.place(task, segments);
       const Segment& s = *place.segment;
-      const int64_t columns = smaller(kBlock, s.width - place.column), blocks = pieces(s.width, kBlock);
+      const int64_t columns = place.columns, units = pieces(s.width, kUnit);
       const int32_t* tokens = address<const int32_t>(s.tokens) + place.first_row;
-      float* sums = partial + place.first_row * blocks + place.column / kBlock;
+      float* sums = partial + place.first_row * units + place.column / kUnit;
       for (const Segment* before = segments; before != &s; ++before)
-        sums += before->rows * pieces(before->width, kBlock);
+        sums += before->rows * pieces(before->width, kUnit);
 
-      Panel<E> panels[kPanels];
-      if (!s.preact) {
-        const T* weight = address<const T>(s.gate_up) + place.column * s.gate_up_ld;
-        const int half = cut<E>(weight, s.gate_up_ld, columns, true, panels);
-        cut<E>(weight + s.width * s.gate_up_ld, s.gate_up_ld, columns, true, panels + half);
-        product<E>(static_cast<const T*>(x), hidden, tokens, place.rows, hidden, panels, 2 * half, work.c,
-                   kAcross, work);
+      const int64_t lift = pieces(columns, kPanelColumns) * kPanelColumns, da = 2 * lift, across = 3 * lift;
+      if (!s.preact) gate_and_up<E>(static_cast<const T*>(x), hidden, place, work.c, across, work);
+      const T* weight = address<const T>(s.down) + place.column;
+      if (is_thin(s)) {
+        thin_product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, hidden, weight, s.down_ld, columns,
+                        false, work.c + da, across, work);
+      } else {
+        Panel<E> panels[kPanels];
+        const int third = cut<E>(weight, s.down_ld, columns, false, panels, 0);
+        product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, hidden, panels, third, work.c + da, across,
+                   work);
       }
-      const int64_t lift = pieces(columns, kPanelColumns) * kPanelColumns, da = 2 * lift;
-      const int third = cut<E>(address<const T>(s.down) + place.column, s.down_ld, columns, false, panels);
-      product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, hidden, panels, third, work.c + da,
-                 kAcross, work);
       for (int64_t r = 0; r < place.rows; ++r) {
         const int64_t row = place.first_row + r;
-        const float* c = work.c + r * kAcross;
         const float scale = address<const float>(s.scale)[row];
-        T* dz = address<T>(s.hidden) + 2 * row * s.width + place.column;
-        T* scaled = s.scaled ? address<T>(s.scaled) + row * s.width + place.column : nullptr;
-        float& sum = sums[r * blocks];
-        if (s.preact) {
-          const T* z = address<const T>(s.preact) + 2 * row * s.width + place.column;
-          sum = swiglu_backward_row<E, Float32, E>(z, z + s.width, c + da, scale, dz, dz + s.width, scaled, columns);
-        } else {
-          sum = swiglu_backward_row<Float32, Float32, E>(c, c + lift, c + da, scale, dz, dz + s.width, scaled, columns);
+        // Part sums of one width, however wide the task.
+        for (int64_t unit = 0; unit < columns; unit += kUnit) {
+          const float* c = work.c + r * across + unit;
+          const int64_t some = smaller(kUnit, columns - unit), column = place.column + unit;
+          T* dz = address<T>(s.hidden) + 2 * row * s.width + column;
+          T* scaled = s.scaled ? address<T>(s.scaled) + row * s.width + column : nullptr;
+          float& sum = sums[r * units + unit / kUnit];
+          if (s.preact) {
+            const T* z = address<const T>(s.preact) + 2 * row * s.width + column;
+            sum = swiglu_backward_row<E, Float32, E>(z, z + s.width, c + da, scale, dz, dz + s.width, scaled, some);
+          } else {
+            sum = swiglu_backward_row<Float32, Float32, E>(c, c + lift, c + da, scale, dz, dz + s.width, scaled, some);
+          }
         }
       }
     }
   }
   for (int64_t i = 0; i < count; ++i) {
     const Segment& s = segments[i];
-    const int64_t blocks = pieces(s.width, kBlock);
-    for (int64_t r = 0; r < s.rows; ++r, partial += blocks) {
+    const int64_t units = pieces(s.width, kUnit);
+    for (int64_t r = 0; r < s.rows; ++r, partial += units) {
       float total = 0.0f;
-      for (int64_t b = 0; b < blocks; ++b) total += partial[b];
+      for (int64_t b = 0; b < units; ++b) total += partial[b];
       address<float>(s.dscale)[r] = total;
     }
   }

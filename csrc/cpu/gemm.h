@@ -31,10 +31,11 @@ struct Panel {
   bool transposed;
 };
 
+// Into the second-level cache, which has room for what is far ahead.
 template <class T>
 inline void prefetch(const T* p, int elements) {
   for (int byte = 0; byte < elements * static_cast<int>(sizeof(T)); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 2);
 }
 
 }  // namespace
@@ -96,8 +97,9 @@ struct Workspace {
   float* c;  // [rows][kBlockColumns], in the backward pass half as wide again
 
   Workspace(void* scratch, int64_t bytes, int thread, int64_t longest) {
+    const int64_t fewest = 64 * flex::kThinRows, panels = kBlockColumns * smaller(longest, kBlockWords);
     b = reinterpret_cast<float*>(static_cast<char*>(scratch) + bytes * thread);
-    a = b + kBlockColumns * smaller(longest, kBlockWords);
+    a = b + (panels < fewest ? fewest : panels);
     c = a + flex::kPanelRows * kRowWords;
   }
 };

@@ -34,6 +34,19 @@ constexpr int64_t kBlockColumns = 128;  // columns of a product computed at a ti
 constexpr int64_t kBlockRows = 192;     // rows of a product computed at a time
 constexpr int64_t kPartialColumns = 64; // columns of I in a part sum of dscale: a third of a backward block
 constexpr int64_t kPanelRows = 12;      // rows in registers at a time, at most
+constexpr int64_t kThinRows = 32;       // segments of no more rows go through products that pack nothing (thin.h)
+constexpr int64_t kThinColumns = 512;   // columns of such a product computed at a time, of each weight matrix
+
+// Bytes of scratch that one thread needs for segments of at most `rows` rows and operands of `longest` elements.
+inline int64_t bytes_a_thread(int64_t longest, int64_t rows) {
+  const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  const auto larger = [](int64_t a, int64_t b) { return a < b ? b : a; };
+  const int64_t b = larger(kBlockColumns * smaller(longest, kBlockWords), 64 * kThinRows);
+  const int64_t a = kPanelRows * (kBlockWords + 16);
+  const int64_t thin = 3 * kThinColumns * smaller(rows, kThinRows);
+  const int64_t c = larger(3 * kPartialColumns * smaller(rows, kBlockRows), thin);
+  return 4 * (b + a + c);
+}
 
 struct Kernels {
   const char* name;

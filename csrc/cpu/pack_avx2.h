@@ -34,6 +34,15 @@ struct Packing {
 
   static V multiply_add(V a, V b, V c) { return fma(a, b, c); }
 
+  // The first n elements at p, as many as a vector holds words of.
+  static V load_words(const T* p, int n) { return get<E>(p, n); }
+  // The words of one row of a panel, and where their sums belong: in order already.
+  static void plain_words(const T* row, const T*, int columns, V& low, V& high) {
+    low = columns >= W ? E::load(row) : E::load(row, columns);
+    high = columns >= 2 * W ? E::load(row + W) : E::load(row + W, columns > W ? columns - W : 0);
+  }
+  static void settle(float*) {}
+
   static void pack_row(const T* source, int64_t length, float* out) {
     over(length, [&](int64_t k, int lanes) { Float32::store(out + k, get<E>(source + k, lanes)); });
   }
@@ -45,7 +54,7 @@ struct Packing {
       for (int p = 0; p < count; ++p) pack_columns(panels[p], k0, length, out + p * size);
       return;
     }
-    constexpr int64_t kAhead = 16;
+    constexpr int64_t kAhead = 32;
     for (int64_t k = 0; k < length; ++k, out += kPanelColumns)
       for (int p = 0; p < count; ++p)
         for (int j = 0; j < kPanelColumns; j += W) {

@@ -43,6 +43,13 @@ struct Packing {
   static V multiply_add(V a, V b, V c) { return fma(a, b, c); }
 
   static __m512i words(const T* p, int n) { return _mm512_castps_si512(n >= W ? E::load(p) : E::load(p, n)); }
+  static V load_words(const T* p, int n) { return _mm512_castsi512_ps(words(p, n)); }
+  // The words of one row of a panel, and where their sums belong: in order already.
+  static void plain_words(const T* row, const T*, int columns, V& low, V& high) {
+    low = columns >= W ? E::load(row) : E::load(row, columns);
+    high = columns >= 2 * W ? E::load(row + W) : E::load(row + W, columns > W ? columns - W : 0);
+  }
+  static void settle(float*) {}
 
   static void pack_row(const T* source, int64_t length, float* out) {
     over(length, [&](int64_t k, int lanes) { Float32::store(out + k, get<E>(source + k, lanes)); });
@@ -75,14 +82,28 @@ struct Packing<BFloat16> {
     if (k < length) _mm512_storeu_si512(out + k / 2, words(source + k, static_cast<int>(length - k)));
   }
 
-  // The words of two rows: (row[j], next[j]); next may be null for zeros.
-  static void plain_row(const T* row, const T* next, int columns, float* out) {
+  static V load_words(const T* p, int n) { return _mm512_castsi512_ps(words(p, n)); }
+
+  // The words of two rows, (row[j], next[j]), in the order of the unpacking instructions; next may be null for zeros.
+  static void plain_words(const T* row, const T* next, int columns, V& low, V& high) {
     const __m512i a = words(row, columns), b = next ? words(next, columns) : _mm512_setzero_si512();
-    const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+    low = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b));
+    high = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b));
+  }
+  // Puts the words of a panel of plain_words in the order of its columns.
+  static void settle(float* out, V low, V high) {
     const __m512i first_half = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
     const __m512i second_half = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    _mm512_storeu_si512(out, _mm512_permutex2var_epi64(low, first_half, high));
-    _mm512_storeu_si512(out + W, _mm512_permutex2var_epi64(low, second_half, high));
+    const __m512i a = _mm512_castps_si512(low), b = _mm512_castps_si512(high);
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi64(a, first_half, b));
+    _mm512_storeu_si512(out + W, _mm512_permutex2var_epi64(a, second_half, b));
+  }
+  static void settle(float* out) { settle(out, Float32::load(out), Float32::load(out + W)); }
+
+  static void plain_row(const T* row, const T* next, int columns, float* out) {
+    V low, high;
+    plain_words(row, next, columns, low, high);
+    settle(out, low, high);
   }
 
   static void pack(const Panel<BFloat16>* panels, int count, int64_t k0, int64_t length, float* out);
@@ -125,7 +146,7 @@ void pack_any(const Panel<E>* panels, int count, int64_t k0, int64_t length, flo
     for (int p = 0; p < count; ++p) pack_columns<P>(panels[p], k0, length, out + p * size);
     return;
   }
-  constexpr int64_t kAhead = 16;
+  constexpr int64_t kAhead = 32;
   for (int64_t k = 0; k < length; k += P::kPerWord, out += kPanelColumns) {
     for (int p = 0; p < count; ++p) {
       const typename E::T* row = panels[p].base + (k0 + k) * panels[p].ld;

@@ -6,7 +6,9 @@ Letters: T tokens, H hidden, I expert width, n rows of one segment, S segments.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from flex_kernels.cpu.plan import WEIGHT_ROWS, Group
 PARTS = 8
 FEWEST_ROWS = 64
 MOST_ROWS = 2048
+# Last-level cache where the system does not tell.
+USUAL_CACHE = 16 << 20
 
 
 @dataclass
@@ -51,8 +55,31 @@ def serves(groups: list[Group]) -> bool:
     return ops.fused() and readable
 
 
-def batches(groups: list[Group]) -> list[list[Segment]]:
-    """Cut the groups into batches of segments whose hidden rows fit in a bounded buffer.
+@functools.cache
+def cache_bytes() -> int:
+    """The last-level cache that the first processor shares."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(text.removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return USUAL_CACHE
+
+
+def bytes_read_twice(group: Group) -> int:
+    """Weights of a group that backward reads twice and that should stay in the cache in between.
+
+    Zero where it does not (``gate_up`` is read for z and again for dx), where arithmetic outweighs reading
+    (many rows), and where the cache cannot hold them anyway.
+    """
+    if group.preact_n2I is not None or group.tokens_n.shape[0] > ops.kernels.THIN_ROWS:
+        return 0
+    size = sum(w.numel() * w.element_size() for w in (group.gate_up_2IH, group.down_HI))
+    return size if size < cache_bytes() else 0
+
+
+def batches(groups: list[Group], most_bytes: int | None = None) -> list[list[Segment]]:
+    """Cut the groups into batches of segments whose hidden rows fit in a bounded buffer, and whose weights
+    that are read twice take no more than ``most_bytes``, where given.
 
     A group whose weights need gradients stays in one piece up to WEIGHT_ROWS: its gradient is one product.
     """
@@ -61,17 +88,20 @@ def batches(groups: list[Group]) -> list[list[Segment]]:
     budget = min(max(total // PARTS, FEWEST_ROWS * widest), MOST_ROWS * widest)
     done: list[list[Segment]] = []
     batch: list[Segment] = []
-    used = 0
+    used = held = 0
     for group, (rows, width) in zip(groups, sizes):
+        again = 0 if most_bytes is None else bytes_read_twice(group)
         whole = group.dgate_up_2IH is not None or group.ddown_HI is not None
         most = WEIGHT_ROWS if whole else max(1, budget // max(1, width))
         for start in range(0, rows, most):
             segment = Segment(group, start, min(start + most, rows), used)
-            if batch and used + segment.elements > budget:
+            crowded = most_bytes is not None and again and held + again > most_bytes
+            if batch and (used + segment.elements > budget or crowded):
                 done.append(batch)
-                batch, used, segment.at = [], 0, 0
+                batch, used, held, segment.at = [], 0, 0, 0
             batch.append(segment)
             used += segment.elements
+            held += again
     return [*done, batch] if batch else done
 
 
@@ -118,7 +148,7 @@ def forward(x_TH: Tensor, groups: list[Group], out_TH: Tensor) -> None:
 
 def backward(dy_TH: Tensor, x_TH: Tensor, groups: list[Group], dx_TH: Tensor | None) -> None:
     """Fill dscale and the weight gradients of every group; dx += their part (float32), if asked for."""
-    work = batches(groups)
+    work = batches(groups, None if dx_TH is None else cache_bytes() // 2)
     scratch = make_scratch(groups, x_TH.shape[1], 2)
     widest = widest_batch(work)
     dz = torch.empty(2 * widest, dtype=x_TH.dtype)
