@@ -1,0 +1,169 @@
+// Products of a few rows with weights as stored: each weight is read once, straight into registers, and nothing is
+// packed. Few rows are bound by the reading of weights, so what matters is that memory is read in long stretches and
+// ahead of time. Include gemm.h first.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace {
+
+using flex::kThinRows;
+
+// c[m, r] (+)= <a[m], weight row r> for R rows of the weight, contiguous along the reduced dimension.
+template <class E, int R, int M>
+void dot(const typename E::T* weight, int64_t ld, const typename E::T* ahead, int64_t length, const float* a,
+         int64_t lda, float* c, int64_t ldc, bool accumulate) {
+  using P = Packing<E>;
+  constexpr int kStep = W * P::kPerWord;
+  V sums[R][M];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) sums[r][m] = set1(0.0f);
+  const auto step = [&](int64_t k, int n) __attribute__((always_inline)) {
+    V w[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) w[r] = P::load_words(weight + r * ld + k, n);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const V word = Float32::load(a + m * lda + k / P::kPerWord);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums[r][m] = P::multiply_add(word, w[r], sums[r][m]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kStep <= length; k += kStep) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) prefetch(ahead + r * ld + k, 1);
+    step(k, kStep);
+  }
+  if (k < length) step(k, static_cast<int>(length - k));
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      float& out = c[m * ldc + r];
+      out = (accumulate ? out : 0.0f) + sum(sums[r][m]);
+    }
+}
+
+// c [M, kPanelColumns] (+)= a [M, length] b, with row k of b at `b + k * ld`: contiguous along the columns.
+// The columns of c are in the order of Packing::plain_words.
+template <class E, int M>
+void axpy(const typename E::T* b, int64_t ld, int64_t ahead, int64_t length, int columns, const float* a, int64_t lda,
+          float* c, int64_t ldc, bool accumulate) {
+  using P = Packing<E>;
+  V sums[M][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    sums[i][0] = accumulate ? Float32::load(c + i * ldc) : set1(0.0f);
+    sums[i][1] = accumulate ? Float32::load(c + i * ldc + W) : set1(0.0f);
+  }
+  for (int64_t k = 0; k < length; k += P::kPerWord, ++a) {
+    const typename E::T* row = b + k * ld;
+    if (ahead)
+      for (int i = 0; i < P::kPerWord; ++i) prefetch(row + (ahead + i) * ld, kPanelColumns);
+    V low, high;
+    P::plain_words(row, k + 1 < length ? row + ld : nullptr, columns, low, high);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const V word = set1(a[i * lda]);
+      sums[i][0] = P::multiply_add(word, low, sums[i][0]);
+      sums[i][1] = P::multiply_add(word, high, sums[i][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    Float32::store(c + i * ldc, sums[i][0]);
+    Float32::store(c + i * ldc + W, sums[i][1]);
+  }
+}
+
+template <class E>
+struct Thin {
+  using T = typename E::T;
+  // Rows of the weight and rows of x at a time: R * M sums, R weights and one word of x fit in the registers.
+  static constexpr int R = W == 16 ? 4 : 2, kDotRows = W == 16 ? 6 : 4, kAxpyRows = W == 16 ? 12 : 6;
+  using Dot = void (*)(const T*, int64_t, const T*, int64_t, const float*, int64_t, float*, int64_t, bool);
+  using Axpy = void (*)(const T*, int64_t, int64_t, int64_t, int, const float*, int64_t, float*, int64_t, bool);
+
+  template <int N>
+  static Dot dot_of(int rows) {
+    static const Dot table[] = {
+        dot<E, N, 1>, dot<E, N, 2>, dot<E, N, 3>, dot<E, N, 4>,
+#if defined(__AVX512F__)
+        dot<E, N, 5>, dot<E, N, 6>,
+#endif
+    };
+    return table[rows - 1];
+  }
+
+  static Axpy axpy_of(int rows) {
+    static const Axpy table[] = {
+        axpy<E, 1>, axpy<E, 2>, axpy<E, 3>, axpy<E, 4>, axpy<E, 5>, axpy<E, 6>,
+#if defined(__AVX512F__)
+        axpy<E, 7>, axpy<E, 8>, axpy<E, 9>, axpy<E, 10>, axpy<E, 11>, axpy<E, 12>,
+#endif
+    };
+    return table[rows - 1];
+  }
+};
+
+// Calls f(first, count) for pieces of at most `most` rows, shared out evenly.
+template <class F>
+inline void evenly(int64_t rows, int64_t most, F f) {
+  const int64_t steps = pieces(rows, most);
+  for (int64_t step = 0; step < steps; ++step) {
+    const int64_t first_row = rows * step / steps;
+    f(first_row, rows * (step + 1) / steps - first_row);
+  }
+}
+
+// C [rows, columns] = A B for at most kThinRows rows; row r of A is `base + (index ? index[r] : r) * lda`.
+// Transposed: column j of B is the weight's row `weight + j * ld`; plain: row k of B is `weight + k * ld`.
+// Writes whole panels: C has room for `columns` rounded up to kPanelColumns.
+template <class E>
+void thin_product(const typename E::T* base, int64_t lda, const int32_t* index, int64_t rows, int64_t k,
+                  const typename E::T* weight, int64_t ld, int64_t columns, bool transposed, float* c, int64_t ldc,
+                  const Workspace& work) {
+  using P = Packing<E>;
+  using K = Thin<E>;
+  // A's rows are copied beside each other where all their words fit, one cache line off any power of two.
+  const int64_t room = (work.a - work.b) / rows / 16 * 16 - 16, all = pieces(pieces(k, P::kPerWord), 16) * 16;
+  const int64_t block = smaller(all, room) * P::kPerWord, stride = smaller(all, room) + 16;
+  for (int64_t k0 = 0; k0 < k; k0 += block) {
+    const int64_t length = smaller(block, k - k0);
+    for (int64_t r = 0; r < rows; ++r)
+      P::pack_row(base + (index ? index[r] : r) * lda + k0, length, work.b + r * stride);
+    if (transposed) {
+      const typename E::T* from = weight + k0;
+      int64_t j = 0;
+      for (; j + K::R <= columns; j += K::R, from += K::R * ld)
+        evenly(rows, K::kDotRows, [&](int64_t m, int64_t some) {
+          K::template dot_of<K::R>(static_cast<int>(some))(from, ld, m ? from : from + K::R * ld, length,
+                                                           work.b + m * stride, stride, c + m * ldc + j, ldc, k0 > 0);
+        });
+      for (; j < columns; ++j, from += ld)
+        evenly(rows, K::kDotRows, [&](int64_t m, int64_t some) {
+          K::template dot_of<1>(static_cast<int>(some))(from, ld, from, length, work.b + m * stride, stride,
+                                                        c + m * ldc + j, ldc, k0 > 0);
+        });
+      continue;
+    }
+    constexpr int64_t kDepth = 32 * P::kPerWord;
+    for (int64_t d = 0; d < length; d += kDepth)
+      for (int64_t j = 0; j < columns; j += kPanelColumns)
+        evenly(rows, K::kAxpyRows, [&](int64_t m, int64_t some) {
+          K::axpy_of(static_cast<int>(some))(weight + (k0 + d) * ld + j, ld, m ? 0 : kDepth,
+                                             smaller(kDepth, length - d),
+                                             static_cast<int>(smaller(kPanelColumns, columns - j)),
+                                             work.b + m * stride + d / P::kPerWord, stride, c + m * ldc + j, ldc,
+                                             k0 + d > 0);
+        });
+  }
+  if (!transposed)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < columns; j += kPanelColumns) P::settle(c + r * ldc + j);
+}
+
+}  // namespace
