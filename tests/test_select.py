@@ -103,11 +103,17 @@ def test_no_activation_outlives_its_batch():
     assert len(activations) == 3 * 2 * 2 and alive == [0, 0, 0]
 
 
+def assert_same(one, other):
+    """The same choice from the same errors, up to the last bits: torch's products may round differently twice."""
+    for a, b in zip(one.layers, other.layers, strict=True):
+        assert (a.layer, a.expert, a.tokens) == (b.layer, b.expert, b.tokens)
+        assert a.errors == pytest.approx(b.errors, rel=1e-5) and a.norm == pytest.approx(b.norm, rel=1e-5)
+
+
 def test_padding_does_not_count_whatever_it_holds():
     model, batch = tiny("mixtral"), padded(2, 9)
     filled = {**batch, "input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 7)}
-    one, other = (select_experts(model, [b], backend="reference") for b in (batch, filled))
-    assert one == other
+    assert_same(*(select_experts(model, [b], backend="reference") for b in (batch, filled)))
 
 
 def test_a_batch_longer_than_a_chunk_is_one_batch():
@@ -122,7 +128,7 @@ def test_a_grafted_model_is_judged_with_its_gates_shut():
     model, batches = tiny("mixtral"), [padded()]
     before = select_experts(model, batches, backend="reference")
     graft(model, experts=[0, 0], backend="reference")
-    assert select_experts(model, batches) == before
+    assert_same(select_experts(model, batches), before)
 
 
 def test_the_models_mode_and_gradients_are_left_as_they_were():
@@ -136,11 +142,11 @@ def test_the_models_mode_and_gradients_are_left_as_they_were():
 def test_a_row_of_ids_and_ignored_labels_are_accepted():
     model, row = tiny("mixtral"), tokens(1, 6)
     one = select_experts(model, [row[0]], backend="reference")
-    assert one == select_experts(model, [{"input_ids": row, "labels": row.float()}], backend="reference")
+    assert_same(one, select_experts(model, [{"input_ids": row, "labels": row.float()}], backend="reference"))
     encoding = BatchEncoding(
         {"input_ids": row, "attention_mask": torch.ones_like(row), "token_type_ids": row}
     )
-    assert one == select_experts(model, [encoding], backend="reference")
+    assert_same(one, select_experts(model, [encoding], backend="reference"))
 
 
 def test_the_table_and_dict_say_what_was_chosen():

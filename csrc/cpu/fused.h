@@ -144,11 +144,19 @@ struct Right {
   const float* scale;
 };
 
+// The widest slice of whole panels, at most about `width`, that gives every thread as many slices as any other:
+// 576 columns for two threads are six slices of 96, not four of 128 and one of 64.
+inline int64_t even_width(int64_t hidden, int64_t width, int threads) {
+  const int64_t slices = pieces(pieces(hidden, width), threads) * threads;
+  return pieces(pieces(hidden, slices), kPanelColumns) * kPanelColumns;
+}
+
 // out[tokens] += scale * (rows B) with B [k, hidden] of each segment, a slice of columns at a time.
 template <class E, class Operand>
 void project(const Segment* segments, int64_t count, int64_t hidden, float* out, void* scratch, int64_t bytes,
              int threads, int64_t most, int64_t width, Operand operand) {
   using T = typename E::T;
+  width = even_width(hidden, width, threads);
   const int64_t slices = pieces(hidden, width);
 #pragma omp parallel num_threads(threads)
   {
