@@ -104,7 +104,7 @@ def test_no_activation_outlives_its_batch():
 
 
 def assert_same(one, other):
-    """The same choice from the same errors, up to the last bits: torch's products may round differently twice."""
+    """The same choice from the same errors, up to last bits: torch may round a product differently twice."""
     for a, b in zip(one.layers, other.layers, strict=True):
         assert (a.layer, a.expert, a.tokens) == (b.layer, b.expert, b.tokens)
         assert a.errors == pytest.approx(b.errors, rel=1e-5) and a.norm == pytest.approx(b.norm, rel=1e-5)
