@@ -12,10 +12,12 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -141,6 +143,9 @@ def load(cache: Path) -> Emulation:
 
 def survives(check: Callable[[], bool]) -> bool:
     """Whether ``check`` returns True in a child process: a broken kernel may write anywhere."""
+    threads = torch.get_num_threads()
+    # A fork has no worker threads: a parallel region in the child would wait for them for ever.
+    torch.set_num_threads(1)
     child = os.fork()
     if child == 0:
         faulthandler.disable()
@@ -149,7 +154,16 @@ def survives(check: Callable[[], bool]) -> bool:
             passed = check()
         finally:
             os._exit(0 if passed else 1)
-    return os.waitpid(child, 0)[1] == 0
+    torch.set_num_threads(threads)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status == 0
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise TimeoutError("the check neither passed nor failed in 60 s")
 
 
 @contextmanager
