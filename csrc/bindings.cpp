@@ -3,9 +3,11 @@
 // Tensors arrive as addresses and sizes, checked by flex_kernels/cpu/native.py, so that one binary serves every torch
 // version. The interpreter's lock is released while a kernel runs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
@@ -46,6 +48,8 @@ PYBIND11_MODULE(_cpu_ops, m) {
     return names;
   }, "The instruction sets that can run here, best first.");
   m.attr("SEGMENT_WORDS") = sizeof(Segment) / sizeof(int64_t);
+  m.attr("NF4_LEVELS") = std::vector<float>(flex::kNf4Levels, flex::kNf4Levels + 16);
+  m.attr("GROUP_COLUMNS") = flex::kGroupColumns;
   m.attr("PARTIAL_COLUMNS") = flex::kPartialColumns;
   m.attr("THIN_ROWS") = flex::kThinRows;
   m.def("scratch_bytes", &flex::bytes_a_thread);

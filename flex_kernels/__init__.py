@@ -4,6 +4,7 @@ from flex_kernels.checkpoint import checkpoint_contexts
 from flex_kernels.dispatch import BackendStatus, backends
 from flex_kernels.layer import flex_moe
 from flex_kernels.modules import FlexMoE
+from flex_kernels.quantize import Quantized
 from flex_kernels.types import Experts, Personal, Routed, Router, Shared
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Experts",
     "FlexMoE",
     "Personal",
+    "Quantized",
     "Routed",
     "Router",
     "Shared",

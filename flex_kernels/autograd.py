@@ -153,6 +153,8 @@ def experts(
     weights_TK: Tensor,
     gate_up_E2IH: Tensor,
     down_EHI: Tensor,
+    gate_up_scales: Tensor | None,
+    down_scales: Tensor | None,
     personal_gate_up_2IH: Tensor | None,
     personal_down_HI: Tensor | None,
     gate_T: Tensor | None,
@@ -165,6 +167,7 @@ def experts(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y_TH, then the pre-activations of the routed [N, 2I], personal [T, 2Ip] and shared [T, 2Is] experts).
 
+    With scales, ``gate_up`` and ``down`` are the codes of :class:`flex_kernels.quantize.Quantized` weights.
     The routed rows are in expert order (a stable sort of ids). Pre-activations have zero elements unless
     ``save_preact``; they are outputs only so that the tracer knows of them.
     """
@@ -174,6 +177,8 @@ def experts(
         weights_TK,
         gate_up_E2IH,
         down_EHI,
+        gate_up_scales,
+        down_scales,
         personal_gate_up_2IH,
         personal_down_HI,
         gate_T,
@@ -192,6 +197,8 @@ def _(
     weights_TK,
     gate_up,
     down,
+    gate_up_scales,
+    down_scales,
     p_gate_up,
     p_down,
     gate,
@@ -219,6 +226,8 @@ def experts_backward(
     weights_TK: Tensor,
     gate_up_E2IH: Tensor,
     down_EHI: Tensor,
+    gate_up_scales: Tensor | None,
+    down_scales: Tensor | None,
     personal_gate_up_2IH: Tensor | None,
     personal_down_HI: Tensor | None,
     gate_T: Tensor | None,
@@ -242,6 +251,8 @@ def experts_backward(
         weights_TK,
         gate_up_E2IH,
         down_EHI,
+        gate_up_scales,
+        down_scales,
         personal_gate_up_2IH,
         personal_down_HI,
         gate_T,
@@ -264,6 +275,8 @@ def _(
     weights,
     gate_up,
     down,
+    gate_up_scales,
+    down_scales,
     p_gate_up,
     p_down,
     gate,
@@ -278,11 +291,13 @@ def _(
     backend,
 ):
     inputs = (x, weights, gate_up, down, p_gate_up, p_down, gate, s_gate_up, s_down, s_gate)
-    return tuple(x.new_empty(0) if t is None else empty_unless(n, t) for n, t in zip(needs, inputs))
+    return tuple(
+        x.new_empty(0) if t is None or not n else t.new_empty(t.shape) for n, t in zip(needs, inputs)
+    )
 
 
-# Positions, among the inputs of ``experts``, of the ten tensors that can have a gradient: all but ids.
-DIFFERENTIABLE = (0, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+# Positions, among the inputs of ``experts``, of the ten tensors that can have a gradient: all but ids and scales.
+DIFFERENTIABLE = (0, 2, 3, 4, 7, 8, 9, 10, 11, 12)
 
 
 def experts_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -294,7 +309,7 @@ def experts_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def experts_vjp(ctx: Any, grad_y: Tensor, *grad_preacts: Any) -> tuple:
     needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
     grads = experts_backward(grad_y.contiguous(), *ctx.saved_tensors, ctx.mix, needs, ctx.backend)
-    out: list[Tensor | None] = [None] * 14
+    out: list[Tensor | None] = [None] * 16
     for position, needed, grad in zip(DIFFERENTIABLE, needs, grads):
         out[position] = grad if needed else None
     return tuple(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flex_kernels.quantize import GROUP_COLUMNS, Quantized
 from flex_kernels.types import Experts, Personal, Routed, Router, Shared
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,6 +29,33 @@ def check_tensor(name: str, t: object, shape: tuple[int | str, ...], device: tor
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(t)}")
     if t.device != device:
         raise ValueError(f"{name} is on {t.device}, but x is on {device}: move one of them")
+
+
+def check_weights(
+    name: str, weights: Tensor | Quantized, shape: tuple[int | str, ...], device: torch.device
+) -> None:
+    """Of the routed experts: a float tensor, or codes and scales that fit each other."""
+    if not isinstance(weights, Quantized):
+        check_tensor(name, weights, shape, device)
+        return
+    codes, scales, columns = weights.codes, weights.scales, weights.columns
+    if codes.dtype not in (torch.int8, torch.uint8) or scales.dtype != torch.bfloat16:
+        raise TypeError(
+            f"{name} must have int8 codes (int8) or uint8 codes (nf4) and bfloat16 scales, "
+            f"got codes {describe(codes)} and scales {describe(scales)}"
+        )
+    if codes.ndim != 3 or any(isinstance(s, int) and s != n for s, n in zip(shape, weights.shape)):
+        raise ValueError(f"{name} must be {pattern(shape)}, got {weights.kind} {list(weights.shape)}")
+    count, rows = codes.shape[:2]
+    packed = columns if weights.kind == "int8" else -(-columns // 2)
+    groups = () if weights.kind == "int8" else (-(-columns // GROUP_COLUMNS),)
+    if codes.shape[2] != packed or scales.shape != (count, rows, *groups):
+        raise ValueError(
+            f"{name}: {weights.kind} of {columns} columns has codes [{count}, {rows}, {packed}] and scales "
+            f"{list((count, rows, *groups))}, got {list(codes.shape)} and {list(scales.shape)}"
+        )
+    if codes.device != device or scales.device != device:
+        raise ValueError(f"{name} is on {codes.device}, but x is on {device}: move one of them")
 
 
 def check_option(name: str, value: object, accepted: tuple[str, ...]) -> None:
@@ -107,16 +135,16 @@ def check_arguments(
         raise ValueError(f"x must have at least one feature in its last dimension, got {describe(x)}")
     if not isinstance(experts, Experts):
         raise TypeError(f"experts must be an Experts, got {type(experts).__name__}")
-    check_tensor("experts.gate_up", experts.gate_up, ("E", "2*I", hidden), device)
+    check_weights("experts.gate_up", experts.gate_up, ("E", "2*I", hidden), device)
     count, rows = experts.gate_up.shape[:2]
     if not count or not rows or rows % 2:
         raise ValueError(
             "experts.gate_up must hold at least one expert and an even number of rows, "
-            f"got {describe(experts.gate_up)}"
+            f"got {list(experts.gate_up.shape)}"
         )
-    check_tensor("experts.down", experts.down, (count, hidden, rows // 2), device)
+    check_weights("experts.down", experts.down, (count, hidden, rows // 2), device)
     for name, t in (("gate_up", experts.gate_up), ("down", experts.down)):
-        if t.dtype != x.dtype and not torch.is_autocast_enabled(device.type):
+        if isinstance(t, Tensor) and t.dtype != x.dtype and not torch.is_autocast_enabled(device.type):
             raise TypeError(
                 f"experts.{name} is {t.dtype}, but x is {x.dtype}: "
                 "convert one of them, or call under torch.autocast"

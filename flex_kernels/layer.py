@@ -14,6 +14,7 @@ from torch import Tensor
 from flex_kernels import autograd, reference
 from flex_kernels.check import check_arguments
 from flex_kernels.dispatch import resolve_backend
+from flex_kernels.quantize import Quantized
 from flex_kernels.types import Experts, Mix, Personal, Routed, Router, Save, Shared
 
 
@@ -36,7 +37,7 @@ def flex_moe(
     Args:
         x: [..., H] float32, bfloat16, float16 (float64 on the reference backend); any strides.
         router: a :class:`Router`, or a :class:`Routed` decision [T, K] made elsewhere.
-        experts: the routed experts, in x's dtype and consumed as stored.
+        experts: the routed experts, in x's dtype or quantised, and consumed as stored.
         personal: the client's expert and gate; any float dtype, cast to x's for the products.
         shared: the shared expert; likewise.
         mix: ``"add"`` or ``"convex"``.
@@ -60,7 +61,7 @@ def flex_moe(
         raise ValueError("return_router_logits=True needs a Router: a Routed decision carries no logits")
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, experts = x.to(dtype), Experts(experts.gate_up.to(dtype), experts.down.to(dtype))
+        x, experts = x.to(dtype), Experts(cast(experts.gate_up, dtype), cast(experts.down, dtype))
     if personal is not None:
         personal = Personal(
             personal.gate_up.to(x.dtype), personal.down.to(x.dtype), personal.gate_weight, personal.gate_bias
@@ -109,14 +110,18 @@ def fused_moe(
     )
     if isinstance(router, Routed):
         ids_TK, weights_TK = router.ids.int(), router.weights.float()
+    gate_up, gate_up_scales = stored(experts.gate_up)
+    down, down_scales = stored(experts.down)
     gate_T = None if personal is None else gates_GT[0]
     shared_gate_T = None if shared is None or shared.gate_weight is None else gates_GT[-1]
     y_TH = autograd.experts(
         x_TH,
         ids_TK,
         weights_TK,
-        experts.gate_up,
-        experts.down,
+        gate_up,
+        down,
+        gate_up_scales,
+        down_scales,
         None if personal is None else personal.gate_up,
         None if personal is None else personal.down,
         gate_T,
@@ -128,6 +133,16 @@ def fused_moe(
         backend,
     )[0]
     return y_TH, logits_TE if want_logits else None
+
+
+def cast(weights: Tensor | Quantized, dtype: torch.dtype) -> Tensor | Quantized:
+    """Plain weights in ``dtype``; codes have none to change."""
+    return weights if isinstance(weights, Quantized) else weights.to(dtype)
+
+
+def stored(weights: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
+    """What the custom ops take: (weights, None), or (codes, scales)."""
+    return (weights.codes, weights.scales) if isinstance(weights, Quantized) else (weights, None)
 
 
 def stack_gates(x_TH: Tensor, personal: Personal | None, shared: Shared | None) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flex_kernels.layer import flex_moe
+from flex_kernels.quantize import Quantized
 from flex_kernels.types import Experts, Mix, Personal, Router, Save, Score, Shared
 
 
@@ -35,6 +36,36 @@ class PersonalExpert(nn.Module):
         return Personal(self.gate_up, self.down, self.gate_weight, self.gate_bias)
 
 
+class QuantizedWeight(nn.Module):
+    """A frozen weight in 8 or 4 bits: the buffers ``codes`` and ``scales``, saved and loaded as they are.
+
+    Moving the module to another device moves both; a change of dtype leaves both alone.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, weight: Quantized):
+        super().__init__()
+        self.columns = weight.columns
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scales", weight.scales)
+
+    def record(self) -> Quantized:
+        return Quantized(self.codes, self.scales, self.columns)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        return self
+
+    def extra_repr(self) -> str:
+        weight = self.record()
+        return f"{weight.kind}, {list(weight.shape)}, {weight.nbytes} bytes"
+
+
 class FlexMoE(nn.Module):
     """A frozen Mixture-of-Experts layer with room for one personal expert.
 
@@ -42,7 +73,8 @@ class FlexMoE(nn.Module):
 
     Args:
         router: its tensors become frozen parameters ``router_weight`` and the buffer ``router_bias``.
-        experts: become the frozen parameters ``gate_up`` and ``down``.
+        experts: become the frozen parameters ``gate_up`` and ``down``; quantised ones the buffers
+            ``gate_up.codes``, ``gate_up.scales``, ``down.codes`` and ``down.scales``.
         shared: optional; become ``shared_gate_up``, ``shared_down``, ``shared_gate_weight``.
         mix, save, backend: as in :func:`flex_kernels.flex_moe`.
 
@@ -67,7 +99,7 @@ class FlexMoE(nn.Module):
         self.router_weight = frozen(router.weight)
         self.router_bias: Tensor | None
         self.register_buffer("router_bias", router.bias)
-        self.gate_up, self.down = frozen(experts.gate_up), frozen(experts.down)
+        self.gate_up, self.down = held(experts.gate_up), held(experts.down)
         self.shared_gate_up = None if shared is None else frozen(shared.gate_up)
         self.shared_down = None if shared is None else frozen(shared.down)
         gate_weight = None if shared is None else shared.gate_weight
@@ -81,14 +113,16 @@ class FlexMoE(nn.Module):
         Raises:
             IndexError: there is no such expert.
         """
-        if not 0 <= expert < self.gate_up.shape[0]:
-            raise IndexError(
-                f"expert={expert} is not one of the {self.gate_up.shape[0]} routed experts (from 0)"
-            )
-        self.personal = PersonalExpert(
-            self.gate_up[expert], self.down[expert], self.router_weight[expert], dtype
-        )
+        experts = self.experts()
+        if not 0 <= expert < experts.count:
+            raise IndexError(f"expert={expert} is not one of the {experts.count} routed experts (from 0)")
+        gate_up, down = experts.expert(expert)
+        self.personal = PersonalExpert(gate_up, down, self.router_weight[expert], dtype)
         return self.personal
+
+    def experts(self) -> Experts:
+        """The routed experts as the layer takes them; nothing is copied."""
+        return Experts(record_of(self.gate_up), record_of(self.down))
 
     def forward(self, x: Tensor, return_router_logits: bool = False) -> Any:
         """y [..., H]; with ``return_router_logits`` the pair (y, logits [T, E])."""
@@ -98,7 +132,7 @@ class FlexMoE(nn.Module):
         return flex_moe(
             x,
             Router(self.router_weight, self.top_k, self.normalize, self.score, self.scale, self.router_bias),
-            Experts(self.gate_up, self.down),
+            self.experts(),
             None if self.personal is None else self.personal.record(),
             shared,
             self.mix,
@@ -110,3 +144,12 @@ class FlexMoE(nn.Module):
 
 def frozen(t: Tensor) -> nn.Parameter:
     return nn.Parameter(t.detach(), requires_grad=False)
+
+
+def held(weight: Tensor | Quantized) -> nn.Parameter | QuantizedWeight:
+    """A frozen weight as something that a module can hold."""
+    return QuantizedWeight(weight) if isinstance(weight, Quantized) else frozen(weight)
+
+
+def record_of(weight: Tensor | QuantizedWeight) -> Tensor | Quantized:
+    return weight.record() if isinstance(weight, QuantizedWeight) else weight

@@ -46,9 +46,9 @@ def route(x_TH: Tensor, router: Router) -> tuple[Tensor, Tensor, Tensor]:
 def routed_sum(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: Experts) -> Tensor:
     """sum_k s_k E_{i_k}(x), accumulated in float32 or wider, [T, H]."""
     out_TH = at_least_float32(torch.zeros_like(x_TH))
-    for e in range(experts.gate_up.shape[0]):
+    for e in range(experts.count):
         token_n, slot_n = torch.where(ids_TK == e)
-        y_nH = swiglu_ffn(x_TH[token_n], experts.gate_up[e], experts.down[e])
+        y_nH = swiglu_ffn(x_TH[token_n], *experts.expert(e, x_TH.dtype))
         weighted_nH = at_least_float32(y_nH) * at_least_float32(weights_TK[token_n, slot_n, None])
         out_TH = out_TH.index_add(0, token_n, weighted_nH)
     return out_TH

@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
+
+from flex_kernels.quantize import Kind, Quantized, quantize
 
 Score = Literal["softmax", "sigmoid"]
 Mix = Literal["add", "convex"]
@@ -56,12 +59,33 @@ class Experts:
     """The routed experts, E_j(x) = down_j (silu(gate_j x) * (up_j x)).
 
     Args:
-        gate_up: [E, 2I, H], gate rows first.
-        down: [E, H, I].
+        gate_up: [E, 2I, H], gate rows first; a tensor, or frozen in 8 or 4 bits (:meth:`quantize`).
+        down: [E, H, I]; likewise.
     """
 
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Tensor | Quantized
+    down: Tensor | Quantized
+
+    @classmethod
+    def quantize(cls, gate_up: Tensor, down: Tensor, kind: Kind) -> Experts:
+        """Frozen experts in 8 bits ("int8", a scale a row) or 4 ("nf4", a scale for 64 weights of a row).
+
+        Raises:
+            TypeError, ValueError: as :func:`flex_kernels.quantize.quantize`.
+        """
+        return cls(quantize(gate_up, kind), quantize(down, kind))
+
+    @property
+    def count(self) -> int:
+        """E, the number of experts."""
+        return self.gate_up.shape[0]
+
+    def expert(self, index: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """(gate_up [2I, H], down [H, I]) of one expert: views where nothing has to be converted.
+
+        ``dtype`` None keeps that of plain weights, and gives quantised ones in float32.
+        """
+        return plain(self.gate_up[index], dtype), plain(self.down[index], dtype)
 
 
 @dataclass(frozen=True)
@@ -94,3 +118,10 @@ class Shared:
     gate_up: Tensor
     down: Tensor
     gate_weight: Tensor | None = None
+
+
+def plain(weight: Tensor | Quantized, dtype: torch.dtype | None = None) -> Tensor:
+    """A weight as a tensor; ``dtype`` None keeps a tensor's own, and gives quantised ones in float32."""
+    if isinstance(weight, Quantized):
+        return weight.dequantize(dtype or torch.float32)
+    return weight if dtype is None else weight.to(dtype)

@@ -72,12 +72,24 @@ inline int64_t longest(const Segment* segments, int64_t count, int64_t hidden, i
   return most;
 }
 
-// Adds the panels of `columns` columns that start at `base` to the first `count`; returns their number then.
 template <class E>
-inline int cut(const typename E::T* base, int64_t ld, int64_t columns, bool transposed, Panel<E>* panels, int count) {
+inline Weight<E> gate_up_of(const Segment& s) {
+  return {address<const char>(s.gate_up), s.gate_up_ld, address<const uint16_t>(s.gate_up_scales),
+          s.gate_up_scales_ld, s.gate_up_kind, 0, 0};
+}
+
+template <class E>
+inline Weight<E> down_of(const Segment& s) {
+  return {address<const char>(s.down), s.down_ld, address<const uint16_t>(s.down_scales), s.down_scales_ld,
+          s.down_kind, 0, 0};
+}
+
+// Adds the panels of the first `columns` columns to the first `count`; returns their number then.
+template <class E>
+inline int cut(const Weight<E>& weight, int64_t columns, bool transposed, Panel<E>* panels, int count) {
   for (int64_t j = 0; j < columns && count < kPanels; j += kPanelColumns)
-    panels[count++] = {base + (transposed ? j * ld : j), ld, static_cast<int>(smaller(kPanelColumns, columns - j)),
-                       transposed};
+    panels[count++] = {transposed ? weight.from(j, 0) : weight.from(0, j),
+                       static_cast<int>(smaller(kPanelColumns, columns - j)), transposed};
   return count;
 }
 
@@ -88,18 +100,16 @@ void gate_and_up(const typename E::T* x, int64_t hidden, const Place& place, flo
                  const Workspace& work) {
   const Segment& s = *place.segment;
   const int32_t* tokens = address<const int32_t>(s.tokens) + place.first_row;
-  const auto* gate = address<const typename E::T>(s.gate_up) + place.column * s.gate_up_ld;
-  const auto* lift = gate + s.width * s.gate_up_ld;
+  const Weight<E> gate = gate_up_of<E>(s).from(place.column, 0), lift = gate.from(s.width, 0);
   if (is_thin(s)) {
     const int64_t lifted = pieces(place.columns, kPanelColumns) * kPanelColumns;
-    thin_product<E>(x, hidden, tokens, place.rows, hidden, gate, s.gate_up_ld, place.columns, true, c, ldc, work);
-    thin_product<E>(x, hidden, tokens, place.rows, hidden, lift, s.gate_up_ld, place.columns, true, c + lifted, ldc,
-                    work);
+    thin_product<E>(x, hidden, tokens, place.rows, hidden, gate, place.columns, true, c, ldc, work);
+    thin_product<E>(x, hidden, tokens, place.rows, hidden, lift, place.columns, true, c + lifted, ldc, work);
     return;
   }
   Panel<E> panels[kPanels];
-  const int half = cut<E>(gate, s.gate_up_ld, place.columns, true, panels, 0);
-  const int both = cut<E>(lift, s.gate_up_ld, place.columns, true, panels, half);
+  const int half = cut<E>(gate, place.columns, true, panels, 0);
+  const int both = cut<E>(lift, place.columns, true, panels, half);
   product<E>(x, hidden, tokens, place.rows, hidden, panels, both, c, ldc, work);
 }
 
@@ -138,8 +148,8 @@ void up(const void* x, int64_t hidden, const Segment* segments, int64_t count, v
 // The right operand of a projection, [k, hidden], and the factor of each row (null for one).
 template <class E>
 struct Right {
-  const typename E::T* base;
-  int64_t ld, k;
+  Weight<E> weight;
+  int64_t k;
   bool transposed;
   const float* scale;
 };
@@ -171,15 +181,15 @@ void project(const Segment* segments, int64_t count, int64_t hidden, float* out,
         for (int64_t column = start; column < end; column += across) {
           const int64_t columns = smaller(across, end - column);
           const int64_t ldc = pieces(columns, kPanelColumns) * kPanelColumns;
-          const T* base = right.base + column * (right.transposed ? right.ld : 1);
+          const Weight<E> weight = right.transposed ? right.weight.from(column, 0) : right.weight.from(0, column);
           Panel<E> panels[kPanels];
-          const int panel_count = is_thin(s) ? 0 : cut<E>(base, right.ld, columns, right.transposed, panels, 0);
+          const int panel_count = is_thin(s) ? 0 : cut<E>(weight, columns, right.transposed, panels, 0);
           for (int64_t row = 0; row < s.rows; row += kBlockRows) {
             const int64_t rows = smaller(kBlockRows, s.rows - row);
             const T* from = address<const T>(s.hidden) + row * right.k;
             if (is_thin(s))
-              thin_product<E>(from, right.k, nullptr, rows, right.k, base, right.ld, columns, right.transposed, work.c,
-                              ldc, work);
+              thin_product<E>(from, right.k, nullptr, rows, right.k, weight, columns, right.transposed, work.c, ldc,
+                              work);
             else
               product<E>(from, right.k, nullptr, rows, right.k, panels, panel_count, work.c, ldc, work);
             const int32_t* tokens = address<const int32_t>(s.tokens) + row;
@@ -199,8 +209,7 @@ void down(const Segment* segments, int64_t count, int64_t hidden, float* out, vo
           int threads) {
   project<E>(segments, count, hidden, out, scratch, bytes, threads, longest(segments, count, hidden, 1), kBlockColumns,
              [](const Segment& s) {
-               return Right<E>{address<const typename E::T>(s.down), s.down_ld, s.width, true,
-                               address<const float>(s.scale)};
+               return Right<E>{down_of<E>(s), s.width, true, address<const float>(s.scale)};
              });
 }
 
@@ -215,7 +224,7 @@ void down_backward(const Segment* segments, int64_t count, int64_t hidden, float
   const int64_t share = pieces(hidden, int64_t{2} * threads * kBlockColumns) * kBlockColumns;
   project<E>(segments, count, hidden, dx, scratch, bytes, threads, longest(segments, count, hidden, 2),
              smaller(width, share), [](const Segment& s) {
-               return Right<E>{address<const typename E::T>(s.gate_up), s.gate_up_ld, 2 * s.width, false, nullptr};
+               return Right<E>{gate_up_of<E>(s), 2 * s.width, false, nullptr};
              });
 }
 
@@ -242,13 +251,13 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
 
       const int64_t lift = pieces(columns, kPanelColumns) * kPanelColumns, da = 2 * lift, across = 3 * lift;
       if (!s.preact) gate_and_up<E>(static_cast<const T*>(x), hidden, place, work.c, across, work);
-      const T* weight = address<const T>(s.down) + place.column;
+      const Weight<E> weight = down_of<E>(s).from(0, place.column);
       if (is_thin(s)) {
-        thin_product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, hidden, weight, s.down_ld, columns,
-                        false, work.c + da, across, work);
+        thin_product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, hidden, weight, columns, false,
+                        work.c + da, across, work);
       } else {
         Panel<E> panels[kPanels];
-        const int third = cut<E>(weight, s.down_ld, columns, false, panels, 0);
+        const int third = cut<E>(weight, columns, false, panels, 0);
         product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, hidden, panels, third, work.c + da, across,
                    work);
       }

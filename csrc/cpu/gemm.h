@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/weights.h"
 
 namespace {
 
@@ -21,12 +22,11 @@ constexpr int64_t kRowWords = kBlockWords + 16;
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Up to kPanelColumns columns of B. Transposed: column j is the row `base + j * ld` of the weight, contiguous along
-// k. Plain: word k of column j is `base[k * ld + j]`.
+// Up to kPanelColumns columns of B. Transposed: column j is row j of the weight, contiguous along k. Plain: column j
+// is column j of the weight.
 template <class E>
 struct Panel {
-  const typename E::T* base;
-  int64_t ld;
+  Weight<E> weight;
   int columns;
   bool transposed;
 };
@@ -109,9 +109,9 @@ template <class E>
 void product(const typename E::T* base, int64_t lda, const int32_t* index, int64_t rows, int64_t k,
              const Panel<E>* panels, int count, float* c, int64_t ldc, const Workspace& work) {
   using P = Packing<E>;
-  // Equal blocks of whole cache lines: 704 words go as 704, 1408 as two of 704.
+  // Equal blocks of whole vectors: 704 words go as 704, 1408 as two of 704.
   const int64_t all = pieces(k, P::kPerWord), blocks = pieces(all, kBlockWords);
-  const int64_t block = blocks ? pieces(pieces(all, blocks), 16) * 16 * P::kPerWord : 1;
+  const int64_t block = blocks ? pieces(pieces(all, blocks), 32) * 32 * P::kPerWord : 1;
   const int64_t steps = pieces(rows, Micro<P>::kMost);
   for (int64_t k0 = 0; k0 < k; k0 += block) {
     const int64_t length = smaller(block, k - k0), words = pieces(length, P::kPerWord);

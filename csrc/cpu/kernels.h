@@ -10,13 +10,24 @@ namespace flex {
 
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// One expert and the rows it serves: y[tokens[n]] += scale[n] * E(x[tokens[n]]). Twelve int64 words, so that Python
+// How a weight is stored: in x's dtype, or as the codes of flex_kernels/quantize.py.
+enum WeightKind : int { kStored = 0, kInt8 = 1, kNf4 = 2 };
+
+constexpr int64_t kGroupColumns = 64;  // columns that share an NF4 scale
+constexpr float kNf4Levels[16] = {-1.0f,       -0.6953125f, -0.5234375f, -0.39453125f, -0.28515625f, -0.1845703125f,
+                                  -0.0908203125f, 0.0f,     0.07958984375f, 0.1611328125f, 0.24609375f, 0.337890625f,
+                                  0.44140625f, 0.5625f,     0.72265625f, 1.0f};
+
+// One expert and the rows it serves: y[tokens[n]] += scale[n] * E(x[tokens[n]]). Eighteen int64 words, so that Python
 // can lay out an array of them as an integer matrix. Addresses that a function does not need may be 0.
 struct Segment {
   int64_t gate_up;     // [2I, H] address, gate rows first
-  int64_t gate_up_ld;
+  int64_t gate_up_ld;  // elements between rows; bytes for codes
+  int64_t gate_up_scales, gate_up_scales_ld;  // bfloat16 address and elements between rows, of codes
+  int64_t gate_up_kind;                       // a WeightKind
   int64_t down;        // [H, I] address
   int64_t down_ld;
+  int64_t down_scales, down_scales_ld, down_kind;
   int64_t width;       // I
   int64_t rows;        // n
   int64_t tokens;      // [n] int32 address

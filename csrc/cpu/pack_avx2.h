@@ -55,27 +55,48 @@ struct Packing {
       return;
     }
     constexpr int64_t kAhead = 32;
-    for (int64_t k = 0; k < length; ++k, out += kPanelColumns)
+    const Weight<E> weight = panels[0].weight.from(k0, 0);
+    const int64_t columns = (count - 1) * kPanelColumns + panels[count - 1].columns;
+    alignas(64) T strip[kBlockColumns];
+    for (int64_t k = 0; k < length; ++k, out += kPanelColumns) {
+      // Rows lie a page apart, where no hardware prefetcher follows. A prefetch never faults.
+      weight.prefetch(k + kAhead, 0, columns);
+      if (!weight.stored()) weight.decode(k, 0, columns, strip);
+      const T* row = weight.stored() ? weight.at(k, 0) : strip;
       for (int p = 0; p < count; ++p)
         for (int j = 0; j < kPanelColumns; j += W) {
-          const T* row = panels[p].base + (k0 + k) * panels[p].ld + j;
           const int left = panels[p].columns - j;
-          // Rows lie a page apart, where no hardware prefetcher follows. A prefetch never faults.
-          prefetch(row + kAhead * panels[p].ld, W);
-          Float32::store(out + p * size + j, left >= W ? E::load(row) : E::load(row, left > 0 ? left : 0));
+          const T* from = row + p * kPanelColumns + j;
+          Float32::store(out + p * size + j, left >= W ? E::load(from) : E::load(from, left > 0 ? left : 0));
         }
+    }
+  }
+
+  // Half a panel: `columns` rows of a weight, at most W, from `base` on.
+  static void pack_half(const T* base, int64_t ld, int columns, int64_t length, float* out) {
+    for (int64_t k = 0; k < length; k += W) {
+      const int n = static_cast<int>(smaller(W, length - k));
+      V r[W];
+      for (int j = 0; j < W; ++j) r[j] = j < columns ? get<E>(base + j * ld + k, n) : set1(0.0f);
+      transpose(r);
+      for (int i = 0; i < n; ++i) Float32::store(out + (k + i) * kPanelColumns, r[i]);
+    }
   }
 
   static void pack_columns(const Panel<E>& panel, int64_t k0, int64_t length, float* out) {
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < 2; ++half, out += W) {
       const int columns = panel.columns - half * W;
-      const T* base = panel.base + half * W * panel.ld + k0;
-      for (int64_t k = 0; k < length; k += W) {
-        const int n = static_cast<int>(smaller(W, length - k));
-        V r[W];
-        for (int j = 0; j < W; ++j) r[j] = j < columns ? get<E>(base + j * panel.ld + k, n) : set1(0.0f);
-        transpose(r);
-        for (int i = 0; i < n; ++i) Float32::store(out + (k + i) * kPanelColumns + half * W, r[i]);
+      const Weight<E> weight = panel.weight.from(half * W, k0);
+      if (weight.stored()) {
+        pack_half(weight.at(0, 0), weight.ld, columns, length, out);
+        continue;
+      }
+      alignas(64) T strip[kStrip];
+      constexpr int64_t kColumns = kStrip / W;
+      for (int64_t k = 0; k < length; k += kColumns) {
+        const int64_t n = smaller(kColumns, length - k);
+        for (int j = 0; j < W && j < columns; ++j) weight.decode(j, k, n, strip + j * kColumns);
+        pack_half(strip, kColumns, columns, n, out + k * kPanelColumns);
       }
     }
   }

@@ -109,31 +109,46 @@ struct Packing<BFloat16> {
   static void pack(const Panel<BFloat16>* panels, int count, int64_t k0, int64_t length, float* out);
 };
 
+// Half a panel: `columns` rows of a weight, at most W, from `base` on.
+template <class P, class T>
+void pack_half(const T* base, int64_t ld, int columns, int64_t length, float* out) {
+  constexpr int kStep = W * P::kPerWord;
+  for (int64_t k = 0; k < length; k += kStep) {
+    const int n = static_cast<int>(smaller(kStep, length - k));
+    __m512i r[16];
+    if (columns >= W && n == kStep) {
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; ++j) r[j] = P::words(base + j * ld + k, kStep);
+    } else {
+      for (int j = 0; j < 16; ++j) r[j] = j < columns ? P::words(base + j * ld + k, n) : _mm512_setzero_si512();
+    }
+    transpose(r);
+    float* to = out + k / P::kPerWord * kPanelColumns;
+    const int filled = (n + P::kPerWord - 1) / P::kPerWord;
+    if (filled == W) {
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * kPanelColumns, r[i]);
+    } else {
+      for (int i = 0; i < filled; ++i) _mm512_storeu_si512(to + i * kPanelColumns, r[i]);
+    }
+  }
+}
+
 template <class P, class E>
 void pack_columns(const Panel<E>& panel, int64_t k0, int64_t length, float* out) {
-  constexpr int kStep = W * P::kPerWord;
-  for (int half = 0; half < 2; ++half) {
+  for (int half = 0; half < 2; ++half, out += W) {
     const int columns = panel.columns - half * W;
-    const typename E::T* base = panel.base + half * W * panel.ld + k0;
-    for (int64_t k = 0; k < length; k += kStep) {
-      const int n = static_cast<int>(smaller(kStep, length - k));
-      __m512i r[16];
-      if (columns >= W && n == kStep) {
-#pragma GCC unroll 16
-        for (int j = 0; j < 16; ++j) r[j] = P::words(base + j * panel.ld + k, kStep);
-      } else {
-        for (int j = 0; j < 16; ++j)
-          r[j] = j < columns ? P::words(base + j * panel.ld + k, n) : _mm512_setzero_si512();
-      }
-      transpose(r);
-      float* to = out + k / P::kPerWord * kPanelColumns + half * W;
-      const int filled = (n + P::kPerWord - 1) / P::kPerWord;
-      if (filled == W) {
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * kPanelColumns, r[i]);
-      } else {
-        for (int i = 0; i < filled; ++i) _mm512_storeu_si512(to + i * kPanelColumns, r[i]);
-      }
+    const Weight<E> weight = panel.weight.from(half * W, k0);
+    if (weight.stored()) {
+      pack_half<P>(weight.at(0, 0), weight.ld, columns, length, out);
+      continue;
+    }
+    alignas(64) typename E::T strip[kStrip];
+    constexpr int64_t kColumns = kStrip / W;
+    for (int64_t k = 0; k < length; k += kColumns) {
+      const int64_t n = smaller(kColumns, length - k);
+      for (int j = 0; j < W && j < columns; ++j) weight.decode(j, k, n, strip + j * kColumns);
+      pack_half<P>(strip, kColumns, columns, n, out + k / P::kPerWord * kPanelColumns);
     }
   }
 }
@@ -147,13 +162,20 @@ void pack_any(const Panel<E>* panels, int count, int64_t k0, int64_t length, flo
     return;
   }
   constexpr int64_t kAhead = 32;
+  const Weight<E> weight = panels[0].weight.from(k0, 0);
+  const int64_t columns = (count - 1) * kPanelColumns + panels[count - 1].columns;
+  alignas(64) typename E::T strip[2][kBlockColumns];
   for (int64_t k = 0; k < length; k += P::kPerWord, out += kPanelColumns) {
-    for (int p = 0; p < count; ++p) {
-      const typename E::T* row = panels[p].base + (k0 + k) * panels[p].ld;
+    const typename E::T *row = strip[0], *next = strip[1];
+    for (int i = 0; i < P::kPerWord; ++i) {
       // Rows lie a page apart, where no hardware prefetcher follows. A prefetch never faults.
-      for (int i = 0; i < P::kPerWord; ++i) prefetch(row + (kAhead + i) * panels[p].ld, kPanelColumns);
-      P::plain_row(row, k + 1 < length ? row + panels[p].ld : nullptr, panels[p].columns, out + p * size);
+      weight.prefetch(k + kAhead + i, 0, columns);
+      if (!weight.stored() && k + i < length) weight.decode(k + i, 0, columns, strip[i]);
     }
+    if (weight.stored()) row = weight.at(k, 0), next = row + weight.ld;
+    for (int p = 0; p < count; ++p)
+      P::plain_row(row + p * kPanelColumns, k + 1 < length ? next + p * kPanelColumns : nullptr, panels[p].columns,
+                   out + p * size);
   }
 }
 

@@ -120,46 +120,63 @@ inline void evenly(int64_t rows, int64_t most, F f) {
 }
 
 // C [rows, columns] = A B for at most kThinRows rows; row r of A is `base + (index ? index[r] : r) * lda`.
-// Transposed: column j of B is the weight's row `weight + j * ld`; plain: row k of B is `weight + k * ld`.
+// Transposed: column j of B is row j of the weight; plain: row k of B is row k of the weight.
 // Writes whole panels: C has room for `columns` rounded up to kPanelColumns.
 template <class E>
 void thin_product(const typename E::T* base, int64_t lda, const int32_t* index, int64_t rows, int64_t k,
-                  const typename E::T* weight, int64_t ld, int64_t columns, bool transposed, float* c, int64_t ldc,
+                  const Weight<E>& weight, int64_t columns, bool transposed, float* c, int64_t ldc,
                   const Workspace& work) {
   using P = Packing<E>;
   using K = Thin<E>;
+  const bool stored = weight.stored();
+  alignas(64) typename E::T strip[kStrip];
   // A's rows are copied beside each other where all their words fit, one cache line off any power of two.
-  const int64_t room = (work.a - work.b) / rows / 16 * 16 - 16, all = pieces(pieces(k, P::kPerWord), 16) * 16;
+  const int64_t room = (work.a - work.b) / rows / 32 * 32 - 32, all = pieces(pieces(k, P::kPerWord), 32) * 32;
   const int64_t block = smaller(all, room) * P::kPerWord, stride = smaller(all, room) + 16;
   for (int64_t k0 = 0; k0 < k; k0 += block) {
     const int64_t length = smaller(block, k - k0);
     for (int64_t r = 0; r < rows; ++r)
       P::pack_row(base + (index ? index[r] : r) * lda + k0, length, work.b + r * stride);
     if (transposed) {
-      const typename E::T* from = weight + k0;
-      int64_t j = 0;
-      for (; j + K::R <= columns; j += K::R, from += K::R * ld)
-        evenly(rows, K::kDotRows, [&](int64_t m, int64_t some) {
-          K::template dot_of<K::R>(static_cast<int>(some))(from, ld, m ? from : from + K::R * ld, length,
-                                                           work.b + m * stride, stride, c + m * ldc + j, ldc, k0 > 0);
-        });
-      for (; j < columns; ++j, from += ld)
-        evenly(rows, K::kDotRows, [&](int64_t m, int64_t some) {
-          K::template dot_of<1>(static_cast<int>(some))(from, ld, from, length, work.b + m * stride, stride,
-                                                        c + m * ldc + j, ldc, k0 > 0);
-        });
+      const int64_t most = stored ? length : smaller(length, kStrip / K::R), ld = stored ? weight.ld : most;
+      for (int64_t j = 0, count; j < columns; j += count) {
+        count = j + K::R <= columns ? K::R : 1;
+        const bool four = count == K::R;
+        for (int64_t d = 0; d < length; d += most) {
+          const int64_t n = smaller(most, length - d);
+          for (int64_t r = 0; r < count && !stored; ++r) {
+            weight.prefetch(j + count + r, k0 + d, n);
+            weight.decode(j + r, k0 + d, n, strip + r * ld);
+          }
+          const typename E::T* from = stored ? weight.at(j, k0 + d) : strip;
+          evenly(rows, K::kDotRows, [&](int64_t m, int64_t some) {
+            const auto run = four ? K::template dot_of<K::R>(static_cast<int>(some))
+                                  : K::template dot_of<1>(static_cast<int>(some));
+            run(from, ld, stored && four && !m ? from + K::R * ld : from, n, work.b + m * stride + d / P::kPerWord,
+                stride, c + m * ldc + j, ldc, k0 + d > 0);
+          });
+        }
+      }
       continue;
     }
     constexpr int64_t kDepth = 32 * P::kPerWord;
+    const int64_t wide = stored ? columns : kStrip / kDepth, ld = stored ? weight.ld : wide;
     for (int64_t d = 0; d < length; d += kDepth)
-      for (int64_t j = 0; j < columns; j += kPanelColumns)
-        evenly(rows, K::kAxpyRows, [&](int64_t m, int64_t some) {
-          K::axpy_of(static_cast<int>(some))(weight + (k0 + d) * ld + j, ld, m ? 0 : kDepth,
-                                             smaller(kDepth, length - d),
-                                             static_cast<int>(smaller(kPanelColumns, columns - j)),
-                                             work.b + m * stride + d / P::kPerWord, stride, c + m * ldc + j, ldc,
-                                             k0 + d > 0);
-        });
+      for (int64_t start = 0; start < columns; start += wide) {
+        const int64_t depth = smaller(kDepth, length - d), end = smaller(start + wide, columns);
+        for (int64_t i = 0; i < depth && !stored; ++i) {
+          weight.prefetch(k0 + d + kDepth + i, start, end - start);
+          weight.decode(k0 + d + i, start, end - start, strip + i * ld);
+        }
+        const typename E::T* from = stored ? weight.at(k0 + d, start) : strip;
+        for (int64_t j = start; j < end; j += kPanelColumns)
+          evenly(rows, K::kAxpyRows, [&](int64_t m, int64_t some) {
+            K::axpy_of(static_cast<int>(some))(from + j - start, ld, m || !stored ? 0 : kDepth, depth,
+                                               static_cast<int>(smaller(kPanelColumns, end - j)),
+                                               work.b + m * stride + d / P::kPerWord, stride, c + m * ldc + j, ldc,
+                                               k0 + d > 0);
+          });
+      }
   }
   if (!transposed)
     for (int64_t r = 0; r < rows; ++r)

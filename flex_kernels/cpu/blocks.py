@@ -10,9 +10,12 @@ from torch import Tensor
 
 from flex_kernels.cpu import ops
 from flex_kernels.cpu.plan import WEIGHT_ROWS, Group
+from flex_kernels.quantize import Quantized
 
 # Rows that pass through an expert at a time: bounds scratch to BLOCK_ROWS * (2 H + 3 I) elements.
 BLOCK_ROWS = 512
+# Quantised weights that are decoded at a time.
+STRIP_ELEMENTS = 1 << 21
 
 
 class Scratch:
@@ -27,6 +30,32 @@ class Scratch:
         if held is None or held.numel() < rows * columns:
             held = self.buffers[name] = torch.empty(rows * columns, dtype=self.dtype)
         return held[: rows * columns].view(rows, columns)
+
+
+def strips(weight: Quantized) -> list[slice]:
+    """Rows of a quantised weight that are decoded at a time."""
+    step = max(1, STRIP_ELEMENTS // weight.columns)
+    return [slice(start, start + step) for start in range(0, weight.shape[0], step)]
+
+
+def times_transposed(rows_nC: Tensor, weight_RC: Tensor | Quantized, out_nR: Tensor) -> None:
+    """out = rows weight^T"""
+    if not isinstance(weight_RC, Quantized):
+        torch.mm(rows_nC, weight_RC.t(), out=out_nR)
+        return
+    for strip in strips(weight_RC):
+        out_nR[:, strip] = rows_nC @ weight_RC[strip].dequantize(rows_nC.dtype).t()
+
+
+def times(rows_nR: Tensor, weight_RC: Tensor | Quantized, out_nC: Tensor) -> None:
+    """out = rows weight"""
+    if not isinstance(weight_RC, Quantized):
+        torch.mm(rows_nR, weight_RC, out=out_nC)
+        return
+    total_nC = torch.zeros(out_nC.shape)
+    for strip in strips(weight_RC):
+        total_nC += rows_nR[:, strip] @ weight_RC[strip].dequantize(rows_nR.dtype)
+    out_nC.copy_(total_nC)
 
 
 def row_blocks(group: Group) -> list[slice]:
@@ -48,9 +77,9 @@ def forward(x_TH: Tensor, groups: list[Group], out_TH: Tensor) -> None:
             z_n2I = scratch.get("z", n, two_i) if group.preact_n2I is None else group.preact_n2I[rows]
             a_nI, rows_nH = scratch.get("a", n, two_i // 2), scratch.get("rows", n, hidden)
             ops.kernels.gather_rows(x_TH, tokens_n, rows_nH)
-            torch.mm(rows_nH, group.gate_up_2IH.t(), out=z_n2I)
+            times_transposed(rows_nH, group.gate_up_2IH, z_n2I)
             ops.kernels.swiglu(z_n2I, a_nI)
-            torch.mm(a_nI, group.down_HI.t(), out=rows_nH)
+            times_transposed(a_nI, group.down_HI, rows_nH)
             ops.kernels.scatter_add(rows_nH, tokens_n, group.scale_n[rows], out_TH)
 
 
@@ -72,9 +101,9 @@ def backward(dy_TH: Tensor, x_TH: Tensor, groups: list[Group], dx_TH: Tensor | N
             if group.preact_n2I is None or group.dgate_up_2IH is not None:
                 ops.kernels.gather_rows(x_TH, tokens_n, rows_nH)
             if group.preact_n2I is None:
-                torch.mm(rows_nH, group.gate_up_2IH.t(), out=z_n2I)
+                times_transposed(rows_nH, group.gate_up_2IH, z_n2I)
             ops.kernels.gather_rows(dy_TH, tokens_n, dy_nH)
-            torch.mm(dy_nH, group.down_HI, out=da_nI)
+            times(dy_nH, group.down_HI, da_nI)
             ops.kernels.swiglu_backward(
                 z_n2I, da_nI, group.scale_n[rows], dz_n2I, group.dscale_n[rows], scaled_nI
             )
@@ -83,5 +112,5 @@ def backward(dy_TH: Tensor, x_TH: Tensor, groups: list[Group], dx_TH: Tensor | N
             if group.dgate_up_2IH is not None:
                 group.add_gradient(group.dgate_up_2IH, dz_n2I, rows_nH)
             if dx_TH is not None:
-                torch.mm(dz_n2I, group.gate_up_2IH, out=rows_nH)
+                times(dz_n2I, group.gate_up_2IH, rows_nH)
                 ops.kernels.scatter_add(rows_nH, tokens_n, None, dx_TH)

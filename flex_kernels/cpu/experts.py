@@ -11,10 +11,15 @@ from torch import Tensor
 
 from flex_kernels.cpu import blocks, fused, ops
 from flex_kernels.cpu.plan import WEIGHT_ROWS, Group, Plan, attach_preacts, make_plan
+from flex_kernels.quantize import Quantized
 
 
 def pair(gate_up: Tensor | None, down: Tensor | None) -> tuple[Tensor, Tensor] | None:
     return None if gate_up is None or down is None else (gate_up, down)
+
+
+def weights_of(stored: Tensor, scales: Tensor | None, columns: int) -> Tensor | Quantized:
+    return stored if scales is None else Quantized(stored, scales, columns)
 
 
 def experts_forward(
@@ -23,6 +28,8 @@ def experts_forward(
     weights_TK: Tensor,
     gate_up_E2IH: Tensor,
     down_EHI: Tensor,
+    gate_up_scales: Tensor | None,
+    down_scales: Tensor | None,
     personal_gate_up_2IH: Tensor | None,
     personal_down_HI: Tensor | None,
     gate_T: Tensor | None,
@@ -38,9 +45,9 @@ def experts_forward(
     ops.warn_if_missing()
     personal = pair(personal_gate_up_2IH, personal_down_HI)
     shared = pair(shared_gate_up_2IH, shared_down_HI)
-    plan = make_plan(
-        x_TH, ids_TK, weights_TK, gate_up_E2IH, down_EHI, personal, gate_T, shared, shared_gate_T, mix
-    )
+    gate_up = weights_of(gate_up_E2IH, gate_up_scales, x_TH.shape[1])
+    down = weights_of(down_EHI, down_scales, gate_up_E2IH.shape[1] // 2)
+    plan = make_plan(ids_TK, weights_TK, gate_up, down, personal, gate_T, shared, shared_gate_T, mix)
 
     def kept(rows: int, gate_up: Tensor | None) -> Tensor:
         if not save_preact or gate_up is None:
@@ -68,6 +75,8 @@ def experts_backward(
     weights_TK: Tensor,
     gate_up_E2IH: Tensor,
     down_EHI: Tensor,
+    gate_up_scales: Tensor | None,
+    down_scales: Tensor | None,
     personal_gate_up_2IH: Tensor | None,
     personal_down_HI: Tensor | None,
     gate_T: Tensor | None,
@@ -87,9 +96,9 @@ def experts_backward(
     need_s_up, need_s_down, need_s_gate = need_shared
     personal = pair(personal_gate_up_2IH, personal_down_HI)
     shared = pair(shared_gate_up_2IH, shared_down_HI)
-    plan = make_plan(
-        x_TH, ids_TK, weights_TK, gate_up_E2IH, down_EHI, personal, gate_T, shared, shared_gate_T, mix
-    )
+    gate_up = weights_of(gate_up_E2IH, gate_up_scales, x_TH.shape[1])
+    down = weights_of(down_EHI, down_scales, gate_up_E2IH.shape[1] // 2)
+    plan = make_plan(ids_TK, weights_TK, gate_up, down, personal, gate_T, shared, shared_gate_T, mix)
     attach_preacts(plan, preact_N2I, personal_preact_T2I, shared_preact_T2I)
     tokens = x_TH.shape[0]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flex_kernels.cpu import ops
 from flex_kernels.cpu.plan import WEIGHT_ROWS, Group
+from flex_kernels.quantize import KINDS, Quantized
 
 # Between a part of the hidden rows at a time and all of them: small calls must not hold them all, large calls
 # gain nothing beyond this many rows.
@@ -51,8 +52,13 @@ class Segment:
 
 def serves(groups: list[Group]) -> bool:
     """Whether the kernels run here and can read these weights as stored: unit stride along a row."""
-    readable = all(w.stride(1) == 1 for g in groups for w in (g.gate_up_2IH, g.down_HI) if w.shape[1] > 1)
-    return ops.fused() and readable
+    stored = (matrix_of(w) for g in groups for w in (g.gate_up_2IH, g.down_HI))
+    return ops.fused() and all(w.stride(1) == 1 for w in stored if w.shape[1] > 1)
+
+
+def matrix_of(weight: Tensor | Quantized) -> Tensor:
+    """What the weight is read from: itself, or its codes."""
+    return weight.codes if isinstance(weight, Quantized) else weight
 
 
 @functools.cache
@@ -73,7 +79,7 @@ def bytes_read_twice(group: Group) -> int:
     """
     if group.preact_n2I is not None or group.tokens_n.shape[0] > ops.kernels.THIN_ROWS:
         return 0
-    size = sum(w.numel() * w.element_size() for w in (group.gate_up_2IH, group.down_HI))
+    size = group.gate_up_2IH.nbytes + group.down_HI.nbytes
     return size if size < cache_bytes() else 0
 
 
@@ -114,16 +120,29 @@ def make_scratch(groups: list[Group], hidden: int, factor: int) -> object:
     return ops.kernels.Scratch(longest, max((g.tokens_n.shape[0] for g in groups), default=0))
 
 
+def weight_words(weight: Tensor | Quantized) -> list[int]:
+    """Address, stride, address and stride of the scales, and kind: as ``Segment`` lists them."""
+    matrix = matrix_of(weight)
+    if not isinstance(weight, Quantized):
+        return [matrix.data_ptr(), matrix.stride(0), 0, 0, 0]
+    scales = weight.scales
+    return [
+        matrix.data_ptr(),
+        matrix.stride(0),
+        scales.data_ptr(),
+        scales.stride(0),
+        KINDS.index(weight.kind) + 1,
+    ]
+
+
 def words(s: Segment, hidden: Tensor, factor: int, scaled: Tensor | None) -> list[int]:
     """One row of the kernels' table, in the order of ``Segment`` in csrc/cpu/kernels.h."""
     g, size = s.group, hidden.element_size()
     wants_scaled = scaled is not None and g.ddown_HI is not None
     preact = 0 if g.preact_n2I is None else g.preact_n2I.data_ptr() + s.start * 2 * s.width * size
     return [
-        g.gate_up_2IH.data_ptr(),
-        g.gate_up_2IH.stride(0),
-        g.down_HI.data_ptr(),
-        g.down_HI.stride(0),
+        *weight_words(g.gate_up_2IH),
+        *weight_words(g.down_HI),
         s.width,
         s.rows,
         g.tokens_n.data_ptr() + 4 * s.start,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flex_kernels.cpu import ops
+from flex_kernels.quantize import Quantized
 
 # Rows up to which a weight gradient is one product, written straight to its buffer; beyond, pieces of this
 # many are summed in float32.
@@ -36,8 +37,8 @@ class Group:
         everyone: ``tokens_n`` counts up from zero: rows need no gathering.
     """
 
-    gate_up_2IH: Tensor
-    down_HI: Tensor
+    gate_up_2IH: Tensor | Quantized
+    down_HI: Tensor | Quantized
     tokens_n: Tensor
     scale_n: Tensor
     preact_n2I: Tensor | None = None
@@ -84,11 +85,10 @@ class Plan:
 
 
 def make_plan(
-    x_TH: Tensor,
     ids_TK: Tensor,
     weights_TK: Tensor,
-    gate_up_E2IH: Tensor,
-    down_EHI: Tensor,
+    gate_up_E2IH: Tensor | Quantized,
+    down_EHI: Tensor | Quantized,
     personal: tuple[Tensor, Tensor] | None,
     gate_T: Tensor | None,
     shared: tuple[Tensor, Tensor] | None,

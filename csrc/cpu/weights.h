@@ -1,0 +1,65 @@
+// Weight matrices as stored: in x's dtype, or as codes that are read back a strip at a time.
+//
+// A strip is a few rows by some columns, decoded into a buffer that stays in the first-level cache and then read like
+// any stored matrix: forward and backward use the same codes, and no more than a strip of them is ever wide. Include
+// vector_*.h and rows.h first.
+#pragma once
+
+#include "cpu/kernels.h"
+
+#if defined(__AVX512F__)
+#include "cpu/decode_avx512.h"
+#else
+#include "cpu/decode_avx2.h"
+#endif
+
+namespace {
+
+// Elements of a strip: 16 KiB of bfloat16.
+constexpr int64_t kStrip = 8192;
+
+// A matrix, or the part of one that starts at (row, column).
+template <class E>
+struct Weight {
+  using T = typename E::T;
+  const char* data;
+  int64_t ld;  // elements between rows; bytes for codes
+  const uint16_t* scales;
+  int64_t scales_ld;
+  int64_t kind;  // flex::WeightKind
+  int64_t row, column;
+
+  bool stored() const { return kind == flex::kStored; }
+  const T* at(int64_t r, int64_t c) const { return reinterpret_cast<const T*>(data) + (row + r) * ld + column + c; }
+  Weight from(int64_t r, int64_t c) const { return {data, ld, scales, scales_ld, kind, row + r, column + c}; }
+
+  // The byte of an element.
+  const char* byte(int64_t r, int64_t c) const {
+    if (stored()) return reinterpret_cast<const char*>(at(r, c));
+    return data + (row + r) * ld + (kind == flex::kNf4 ? (column + c) / 2 : column + c);
+  }
+  float scale(int64_t r, int64_t group) const { return widen(scales[(row + r) * scales_ld + group]); }
+
+  // out[i] = element (r, c + i) for i < n, with column + c a multiple of 2 W.
+  void decode(int64_t r, int64_t c, int64_t n, T* out) const {
+    if (kind == flex::kInt8) {
+      const auto* codes = reinterpret_cast<const int8_t*>(byte(r, c));
+      const float s = scale(r, 0);
+      for (int64_t i = 0; i < n; i += 2 * W) decode_int8<E>(codes + i, n - i < 2 * W ? n - i : 2 * W, s, out + i);
+      return;
+    }
+    const auto* codes = reinterpret_cast<const uint8_t*>(byte(r, c));
+    for (int64_t i = 0; i < n; i += 2 * W)
+      decode_nf4<E>(codes + i / 2, n - i < 2 * W ? n - i : 2 * W, scale(r, (column + c + i) / flex::kGroupColumns),
+                    out + i);
+  }
+
+  // Into the second-level cache: the columns [c, c + n) of a row that may lie past the end; a prefetch never faults.
+  void prefetch(int64_t r, int64_t c, int64_t n) const {
+    const char *first = byte(r, c), *last = byte(r, c + n - 1);
+    for (; first <= last; first += 64) __builtin_prefetch(first, 0, 2);
+    __builtin_prefetch(last, 0, 2);
+  }
+};
+
+}  // namespace
