@@ -93,11 +93,34 @@ inline int cut(const Weight<E>& weight, int64_t columns, bool transposed, Panel<
   return count;
 }
 
+// The panels of a task: of the gate rows, then of the up rows.
+template <class E>
+inline int cut_gate_and_up(const Place& place, Panel<E>* panels) {
+  if (is_thin(*place.segment)) return 0;
+  const Weight<E> gate = gate_up_of<E>(*place.segment).from(place.column, 0);
+  const int half = cut<E>(gate, place.columns, true, panels, 0);
+  return cut<E>(gate.from(place.segment->width, 0), place.columns, true, panels, half);
+}
+
+// Hands out the numbers of a loop, one ahead of their use: who takes a task knows which will be its next.
+class Queue {
+ public:
+  int64_t take() {
+    int64_t number;
+#pragma omp atomic capture
+    number = next_++;
+    return number;
+  }
+
+ private:
+  int64_t next_ = 0;
+};
+
 // Both halves of z for a task: gate in columns [0, lifted) of c, up from column `lifted` on, `lifted` being the task's
 // columns in whole panels.
 template <class E>
 void gate_and_up(const typename E::T* x, int64_t hidden, const Place& place, float* c, int64_t ldc,
-                 const Workspace& work) {
+                 const Workspace& work, const Coming<E>& coming) {
   const Segment& s = *place.segment;
   const int32_t* tokens = address<const int32_t>(s.tokens) + place.first_row;
   const Weight<E> gate = gate_up_of<E>(s).from(place.column, 0), lift = gate.from(s.width, 0);
@@ -108,9 +131,8 @@ void gate_and_up(const typename E::T* x, int64_t hidden, const Place& place, flo
     return;
   }
   Panel<E> panels[kPanels];
-  const int half = cut<E>(gate, place.columns, true, panels, 0);
-  const int both = cut<E>(lift, place.columns, true, panels, half);
-  product<E>(x, hidden, tokens, place.rows, hidden, panels, both, c, ldc, work);
+  const int count = cut_gate_and_up<E>(place, panels);
+  product<E>(x, hidden, tokens, place.rows, hidden, panels, count, c, ldc, work, coming);
 }
 
 // a = silu(x gate^T) * (x up^T); keeps both products where the segment asks.
@@ -120,15 +142,19 @@ void up(const void* x, int64_t hidden, const Segment* segments, int64_t count, v
   using T = typename E::T;
   const Grid grid(segments, count, kBlockColumns / 2, threads);
   const int64_t tasks = grid.tasks(segments, count);
+  Queue queue;
 #pragma omp parallel num_threads(threads)
   {
     const Workspace work(scratch, bytes, thread_index(), hidden);
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < tasks; ++task) {
+    for (int64_t task = queue.take(), next; task < tasks; task = next) {
+      next = queue.take();
       const Place place = grid.place(task, segments);
       const Segment& s = *place.segment;
       const int64_t columns = place.columns, lifted = pieces(columns, kPanelColumns) * kPanelColumns;
-      gate_and_up<E>(static_cast<const T*>(x), hidden, place, work.c, 2 * lifted, work);
+      Panel<E> panels[kPanels];
+      Coming<E> coming{panels, 0, hidden};
+      if (next < tasks) coming.count = cut_gate_and_up<E>(grid.place(next, segments), panels);
+      gate_and_up<E>(static_cast<const T*>(x), hidden, place, work.c, 2 * lifted, work, coming);
       for (int64_t r = 0; r < place.rows; ++r) {
         const float* gate = work.c + r * 2 * lifted;
         const float* lift = gate + lifted;
@@ -168,11 +194,20 @@ void project(const Segment* segments, int64_t count, int64_t hidden, float* out,
   using T = typename E::T;
   width = even_width(hidden, width, threads);
   const int64_t slices = pieces(hidden, width);
+  // The columns of one segment that are computed at a time from `column` of a slice on, as panels.
+  const auto panels_of = [&](int64_t i, int64_t slice, int64_t column, Panel<E>* panels) {
+    if (slice >= slices || is_thin(segments[i])) return Coming<E>{panels, 0, 0};
+    const Right<E> right = operand(segments[i]);
+    const Weight<E> weight = right.transposed ? right.weight.from(column, 0) : right.weight.from(0, column);
+    const int64_t columns = smaller(kBlockColumns, smaller((slice + 1) * width, hidden) - column);
+    return Coming<E>{panels, cut<E>(weight, columns, right.transposed, panels, 0), right.k};
+  };
+  Queue queue;
 #pragma omp parallel num_threads(threads)
   {
     const Workspace work(scratch, bytes, thread_index(), most);
-#pragma omp for schedule(dynamic)
-    for (int64_t slice = 0; slice < slices; ++slice) {
+    for (int64_t slice = queue.take(), next; slice < slices; slice = next) {
+      next = queue.take();
       const int64_t start = slice * width, end = smaller(start + width, hidden);
       for (int64_t i = 0; i < count; ++i) {
         const Segment& s = segments[i];
@@ -181,17 +216,21 @@ void project(const Segment* segments, int64_t count, int64_t hidden, float* out,
         for (int64_t column = start; column < end; column += across) {
           const int64_t columns = smaller(across, end - column);
           const int64_t ldc = pieces(columns, kPanelColumns) * kPanelColumns;
-          const Weight<E> weight = right.transposed ? right.weight.from(column, 0) : right.weight.from(0, column);
-          Panel<E> panels[kPanels];
-          const int panel_count = is_thin(s) ? 0 : cut<E>(weight, columns, right.transposed, panels, 0);
+          Panel<E> panels[kPanels], following[kPanels];
+          const Coming<E> own = panels_of(i, slice, column, panels);
+          const Coming<E> coming = column + across < end ? panels_of(i, slice, column + across, following)
+                                   : i + 1 < count       ? panels_of(i + 1, slice, start, following)
+                                                         : panels_of(0, next, next * width, following);
           for (int64_t row = 0; row < s.rows; row += kBlockRows) {
             const int64_t rows = smaller(kBlockRows, s.rows - row);
             const T* from = address<const T>(s.hidden) + row * right.k;
             if (is_thin(s))
-              thin_product<E>(from, right.k, nullptr, rows, right.k, weight, columns, right.transposed, work.c, ldc,
-                              work);
+              thin_product<E>(from, right.k, nullptr, rows, right.k,
+                              right.transposed ? right.weight.from(column, 0) : right.weight.from(0, column), columns,
+                              right.transposed, work.c, ldc, work);
             else
-              product<E>(from, right.k, nullptr, rows, right.k, panels, panel_count, work.c, ldc, work);
+              product<E>(from, right.k, nullptr, rows, right.k, panels, own.count, work.c, ldc, work,
+                         row + kBlockRows < s.rows ? own : coming);
             const int32_t* tokens = address<const int32_t>(s.tokens) + row;
             for (int64_t r = 0; r < rows; ++r)
               add_row<Float32>(work.c + r * ldc, right.scale ? right.scale[row + r] : 1.0f,
@@ -236,13 +275,25 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
   constexpr int64_t kUnit = flex::kPartialColumns;
   const Grid grid(segments, count, kUnit, threads);
   const int64_t tasks = grid.tasks(segments, count);
+  const auto cut_down = [](const Place& place, Panel<E>* panels) {
+    if (is_thin(*place.segment)) return 0;
+    return cut<E>(down_of<E>(*place.segment).from(0, place.column), place.columns, false, panels, 0);
+  };
+  Queue queue;
 #pragma omp parallel num_threads(threads)
   {
     const Workspace work(scratch, bytes, thread_index(), hidden);
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < tasks; ++task) {
+    for (int64_t task = queue.take(), next; task < tasks; task = next) {
+      next = queue.take();
       const Place place = grid.place(task, segments);
       const Segment& s = *place.segment;
+      Panel<E> panels[kPanels], following[kPanels];
+      const Coming<E> own{panels, cut_down(place, panels), hidden};
+      Coming<E> coming{following, 0, hidden};
+      if (next < tasks) {
+        const Place after = grid.place(next, segments);
+        coming.count = after.segment->preact ? cut_down(after, following) : cut_gate_and_up<E>(after, following);
+      }
       const int64_t columns = place.columns, units = pieces(s.width, kUnit);
       const int32_t* tokens = address<const int32_t>(s.tokens) + place.first_row;
       float* sums = partial + place.first_row * units + place.column / kUnit;
@@ -250,17 +301,13 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
         sums += before->rows * pieces(before->width, kUnit);
 
       const int64_t lift = pieces(columns, kPanelColumns) * kPanelColumns, da = 2 * lift, across = 3 * lift;
-      if (!s.preact) gate_and_up<E>(static_cast<const T*>(x), hidden, place, work.c, across, work);
-      const Weight<E> weight = down_of<E>(s).from(0, place.column);
-      if (is_thin(s)) {
-        thin_product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, hidden, weight, columns, false,
-                        work.c + da, across, work);
-      } else {
-        Panel<E> panels[kPanels];
-        const int third = cut<E>(weight, columns, false, panels, 0);
-        product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, hidden, panels, third, work.c + da, across,
-                   work);
-      }
+      if (!s.preact) gate_and_up<E>(static_cast<const T*>(x), hidden, place, work.c, across, work, own);
+      if (is_thin(s))
+        thin_product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, hidden,
+                        down_of<E>(s).from(0, place.column), columns, false, work.c + da, across, work);
+      else
+        product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, hidden, panels, own.count, work.c + da,
+                   across, work, coming);
       for (int64_t r = 0; r < place.rows; ++r) {
         const int64_t row = place.first_row + r;
         const float scale = address<const float>(s.scale)[row];

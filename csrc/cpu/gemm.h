@@ -48,19 +48,93 @@ inline void prefetch(const T* p, int elements) {
 
 namespace {
 
+// Panels that a product is going to pack, or none.
+template <class E>
+struct Coming {
+  const Panel<E>* panels;
+  int count;
+  int64_t k;
+};
+
+// Equal blocks of whole vectors along the reduced dimension: 704 words go as 704, 1408 as two of 704.
+template <class E>
+inline int64_t block_of(int64_t k) {
+  const int64_t all = pieces(k, Packing<E>::kPerWord), blocks = pieces(all, kBlockWords);
+  return blocks ? pieces(pieces(all, blocks), 32) * 32 * Packing<E>::kPerWord : 1;
+}
+
+// Brings the weights that will be packed next into the second-level cache, a line at a time between multiplications:
+// else the packing of a block waits for memory while nothing is multiplied.
+class Ahead {
+ public:
+  // The block [k0, k0 + length) of the panels, in at most about `slots` calls of some().
+  template <class E>
+  Ahead(const Coming<E>& coming, int64_t k0, int64_t length, int64_t slots) {
+    if (!coming.count || length < 1) return;
+    const Panel<E>& one = coming.panels[0];
+    for (int p = 0; p < coming.count && one.transposed; ++p) {
+      const Panel<E>& panel = coming.panels[p];
+      // Neighbours of one matrix are one stretch of rows.
+      if (stretches_ && rows_[stretches_ - 1] + panel.columns <= kBlockColumns &&
+          panel.weight.byte(0, k0) == base_[stretches_ - 1] + rows_[stretches_ - 1] * step_) {
+        rows_[stretches_ - 1] += panel.columns;
+        continue;
+      }
+      if (stretches_ == 2) break;
+      base_[stretches_] = panel.weight.byte(0, k0);
+      rows_[stretches_++] = panel.columns;
+      step_ = panel.weight.byte(1, k0) - panel.weight.byte(0, k0);
+      bytes_ = panel.weight.byte(0, k0 + length - 1) + 1 - panel.weight.byte(0, k0);
+    }
+    if (!one.transposed) {
+      const int64_t columns = (coming.count - 1) * kPanelColumns + coming.panels[coming.count - 1].columns;
+      stretches_ = 1;
+      base_[0] = one.weight.byte(k0, 0);
+      rows_[0] = length;
+      step_ = one.weight.byte(k0 + 1, 0) - base_[0];
+      bytes_ = one.weight.byte(k0, columns - 1) + 1 - base_[0];
+    }
+    at_ = base_[0];
+    const int64_t lines = pieces(bytes_, 64);
+    for (int i = 0; i < stretches_; ++i) left_ += rows_[i] * lines;
+    each_ = static_cast<int>(pieces(left_, slots < 1 ? 1 : slots));
+  }
+
+  void some() {
+    for (int i = 0; i < each_ && left_ > 0; ++i, --left_) {
+      __builtin_prefetch(at_ + offset_, 0, 2);
+      if ((offset_ += 64) < bytes_) continue;
+      offset_ = 0;
+      at_ += step_;
+      if (++row_ == rows_[stretch_]) row_ = 0, at_ = base_[++stretch_ & 1];
+    }
+  }
+
+ private:
+  const char *base_[2] = {}, *at_ = nullptr;
+  int64_t rows_[2] = {}, step_ = 0, bytes_ = 0, offset_ = 0, row_ = 0, left_ = 0;
+  int stretches_ = 0, stretch_ = 0, each_ = 0;
+};
+
+constexpr int64_t kBetweenPrefetches = 8;  // words
+
 // c [M, kPanelColumns] (+)= a [M, words] b [words, kPanelColumns]
 template <class P, int M>
-void micro(int64_t words, const float* a, const float* b, float* c, int64_t ldc, bool accumulate) {
+void micro(int64_t words, const float* a, const float* b, float* c, int64_t ldc, bool accumulate, Ahead& ahead) {
   V sums[M][2];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) sums[i][0] = sums[i][1] = set1(0.0f);
-  for (int64_t k = 0; k < words; ++k) {
-    const V b0 = Float32::load(b + k * kPanelColumns), b1 = Float32::load(b + k * kPanelColumns + W);
+  for (int64_t k = 0; k < words;) {
+    const int64_t end = smaller(k + kBetweenPrefetches, words);
+    ahead.some();
+    for (; k < end; ++k) {
+      const V b0 = Float32::load(b + k * kPanelColumns), b1 = Float32::load(b + k * kPanelColumns + W);
 #pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-      const V word = set1(a[i * kRowWords + k]);
-      sums[i][0] = P::multiply_add(word, b0, sums[i][0]);
-      sums[i][1] = P::multiply_add(word, b1, sums[i][1]);
+      for (int i = 0; i < M; ++i) {
+        const V word = set1(a[i * kRowWords + k]);
+        sums[i][0] = P::multiply_add(word, b0, sums[i][0]);
+        sums[i][1] = P::multiply_add(word, b1, sums[i][1]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -77,7 +151,7 @@ void micro(int64_t words, const float* a, const float* b, float* c, int64_t ldc,
 
 template <class P>
 struct Micro {
-  using Function = void (*)(int64_t, const float*, const float*, float*, int64_t, bool);
+  using Function = void (*)(int64_t, const float*, const float*, float*, int64_t, bool, Ahead&);
   static Function of(int rows) {
     static const Function table[] = {
         micro<P, 1>, micro<P, 2>, micro<P, 3>, micro<P, 4>, micro<P, 5>, micro<P, 6>,
@@ -105,17 +179,19 @@ struct Workspace {
 };
 
 // C [rows, count * kPanelColumns] = A B for panels of B; row r of A is `base + (index ? index[r] : r) * lda`.
+// `coming`: what the next product will pack.
 template <class E>
 void product(const typename E::T* base, int64_t lda, const int32_t* index, int64_t rows, int64_t k,
-             const Panel<E>* panels, int count, float* c, int64_t ldc, const Workspace& work) {
+             const Panel<E>* panels, int count, float* c, int64_t ldc, const Workspace& work,
+             const Coming<E>& coming) {
   using P = Packing<E>;
-  // Equal blocks of whole vectors: 704 words go as 704, 1408 as two of 704.
-  const int64_t all = pieces(k, P::kPerWord), blocks = pieces(all, kBlockWords);
-  const int64_t block = blocks ? pieces(pieces(all, blocks), 32) * 32 * P::kPerWord : 1;
-  const int64_t steps = pieces(rows, Micro<P>::kMost);
+  const int64_t block = block_of<E>(k), steps = pieces(rows, Micro<P>::kMost);
   for (int64_t k0 = 0; k0 < k; k0 += block) {
     const int64_t length = smaller(block, k - k0), words = pieces(length, P::kPerWord);
     P::pack(panels, count, k0, length, work.b);
+    const int64_t slots = steps * count * pieces(words, kBetweenPrefetches), next = k0 + block;
+    Ahead ahead = next < k ? Ahead(Coming<E>{panels, count, k}, next, smaller(block, k - next), slots)
+                           : Ahead(coming, 0, smaller(block_of<E>(coming.k), coming.k), slots);
     for (int64_t step = 0; step < steps; ++step) {
       // Rows are shared out evenly: 13 go as 7 and 6, never as 12 and 1.
       const int64_t first_row = rows * step / steps, some = rows * (step + 1) / steps - first_row;
@@ -125,7 +201,8 @@ void product(const typename E::T* base, int64_t lda, const int32_t* index, int64
       }
       const auto run = Micro<P>::of(static_cast<int>(some));
       for (int p = 0; p < count; ++p)
-        run(words, work.a, work.b + p * words * kPanelColumns, c + first_row * ldc + p * kPanelColumns, ldc, k0 > 0);
+        run(words, work.a, work.b + p * words * kPanelColumns, c + first_row * ldc + p * kPanelColumns, ldc, k0 > 0,
+            ahead);
     }
   }
 }
