@@ -7,19 +7,22 @@ namespace {
 
 inline float widen(uint16_t bfloat) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bfloat << 16))); }
 
-inline __mmask16 bytes_of(int64_t n) { return first(static_cast<int>(n < 16 ? n : 16)); }
+// The first n of 16 bytes, the others zero.
+inline __m128i sixteen_bytes(const void* p, int64_t n) {
+  if (n >= 16) return _mm_loadu_si128(static_cast<const __m128i*>(p));
+  return _mm_maskz_loadu_epi8(n > 0 ? first(static_cast<int>(n)) : 0, p);
+}
 
 // 32 int8 times a scale, as two vectors in order; n of them are read.
 inline void int8_values(const int8_t* p, int64_t n, float scale, V& low, V& high) {
-  const __m128i a = _mm_maskz_loadu_epi8(bytes_of(n), p);
-  const __m128i b = _mm_maskz_loadu_epi8(n > 16 ? bytes_of(n - 16) : 0, p + 16);
+  const __m128i a = sixteen_bytes(p, n), b = sixteen_bytes(p + 16, n - 16);
   low = mul(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(a)), set1(scale));
   high = mul(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b)), set1(scale));
 }
 
 // 32 NF4 levels times a scale, the even columns and the odd ones; n of them are read.
 inline void nf4_values(const uint8_t* p, int64_t n, float scale, V& even, V& odd) {
-  const __m512i pairs = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(bytes_of((n + 1) / 2), p));
+  const __m512i pairs = _mm512_cvtepu8_epi32(sixteen_bytes(p, (n + 1) / 2));
   const V levels = _mm512_loadu_ps(flex::kNf4Levels), s = set1(scale);
   // The permutation looks at the low four bits of an index alone.
   even = mul(_mm512_permutexvar_ps(pairs, levels), s);

@@ -84,22 +84,15 @@ inline Weight<E> down_of(const Segment& s) {
           s.down_kind, 0, 0};
 }
 
-// Adds the panels of the first `columns` columns to the first `count`; returns their number then.
+// The panels of a task whose segment is not thin: of the gate rows, then of the up rows. `columns`: of a whole task.
 template <class E>
-inline int cut(const Weight<E>& weight, int64_t columns, bool transposed, Panel<E>* panels, int count) {
-  for (int64_t j = 0; j < columns && count < kPanels; j += kPanelColumns)
-    panels[count++] = {transposed ? weight.from(j, 0) : weight.from(0, j),
-                       static_cast<int>(smaller(kPanelColumns, columns - j)), transposed};
-  return count;
-}
-
-// The panels of a task: of the gate rows, then of the up rows.
-template <class E>
-inline int cut_gate_and_up(const Place& place, Panel<E>* panels) {
-  if (is_thin(*place.segment)) return 0;
+inline Panels<E> gate_and_up_panels(const Place& place, int64_t hidden, int64_t columns) {
+  Panels<E> panels(hidden, 2 * columns);
+  if (is_thin(*place.segment)) return panels;
   const Weight<E> gate = gate_up_of<E>(*place.segment).from(place.column, 0);
-  const int half = cut<E>(gate, place.columns, true, panels, 0);
-  return cut<E>(gate.from(place.segment->width, 0), place.columns, true, panels, half);
+  panels.add(gate, place.columns, true);
+  panels.add(gate.from(place.segment->width, 0), place.columns, true);
+  return panels;
 }
 
 // Hands out the numbers of a loop, one ahead of their use: who takes a task knows which will be its next.
@@ -119,8 +112,8 @@ class Queue {
 // Both halves of z for a task: gate in columns [0, lifted) of c, up from column `lifted` on, `lifted` being the task's
 // columns in whole panels.
 template <class E>
-void gate_and_up(const typename E::T* x, int64_t hidden, const Place& place, float* c, int64_t ldc,
-                 const Workspace& work, const Coming<E>& coming) {
+void gate_and_up(const typename E::T* x, int64_t hidden, const Place& place, int64_t whole, float* c, int64_t ldc,
+                 const Workspace& work, const Panels<E>& coming) {
   const Segment& s = *place.segment;
   const int32_t* tokens = address<const int32_t>(s.tokens) + place.first_row;
   const Weight<E> gate = gate_up_of<E>(s).from(place.column, 0), lift = gate.from(s.width, 0);
@@ -130,9 +123,7 @@ void gate_and_up(const typename E::T* x, int64_t hidden, const Place& place, flo
     thin_product<E>(x, hidden, tokens, place.rows, hidden, lift, place.columns, true, c + lifted, ldc, work);
     return;
   }
-  Panel<E> panels[kPanels];
-  const int count = cut_gate_and_up<E>(place, panels);
-  product<E>(x, hidden, tokens, place.rows, hidden, panels, count, c, ldc, work, coming);
+  product<E>(x, hidden, tokens, place.rows, gate_and_up_panels<E>(place, hidden, whole), c, ldc, work, coming);
 }
 
 // a = silu(x gate^T) * (x up^T); keeps both products where the segment asks.
@@ -140,7 +131,8 @@ template <class E>
 void up(const void* x, int64_t hidden, const Segment* segments, int64_t count, void* scratch, int64_t bytes,
         int threads) {
   using T = typename E::T;
-  const Grid grid(segments, count, kBlockColumns / 2, threads);
+  constexpr int64_t kColumns = kDeepColumns / 2;
+  const Grid grid(segments, count, kColumns, threads);
   const int64_t tasks = grid.tasks(segments, count);
   Queue queue;
 #pragma omp parallel num_threads(threads)
@@ -151,10 +143,9 @@ void up(const void* x, int64_t hidden, const Segment* segments, int64_t count, v
       const Place place = grid.place(task, segments);
       const Segment& s = *place.segment;
       const int64_t columns = place.columns, lifted = pieces(columns, kPanelColumns) * kPanelColumns;
-      Panel<E> panels[kPanels];
-      Coming<E> coming{panels, 0, hidden};
-      if (next < tasks) coming.count = cut_gate_and_up<E>(grid.place(next, segments), panels);
-      gate_and_up<E>(static_cast<const T*>(x), hidden, place, work.c, 2 * lifted, work, coming);
+      const Panels<E> coming = next < tasks ? gate_and_up_panels<E>(grid.place(next, segments), hidden, kColumns)
+                                            : Panels<E>(0, kColumns);
+      gate_and_up<E>(static_cast<const T*>(x), hidden, place, kColumns, work.c, 2 * lifted, work, coming);
       for (int64_t r = 0; r < place.rows; ++r) {
         const float* gate = work.c + r * 2 * lifted;
         const float* lift = gate + lifted;
@@ -180,11 +171,11 @@ struct Right {
   const float* scale;
 };
 
-// The widest slice of whole panels, at most about `width`, that gives every thread as many slices as any other:
+// The widest slice of whole units, at most about `width`, that gives every thread as many slices as any other:
 // 576 columns for two threads are six slices of 96, not four of 128 and one of 64.
-inline int64_t even_width(int64_t hidden, int64_t width, int threads) {
+inline int64_t even_width(int64_t hidden, int64_t width, int threads, int64_t unit) {
   const int64_t slices = pieces(pieces(hidden, width), threads) * threads;
-  return pieces(pieces(hidden, slices), kPanelColumns) * kPanelColumns;
+  return pieces(pieces(hidden, slices), unit) * unit;
 }
 
 // out[tokens] += scale * (rows B) with B [k, hidden] of each segment, a slice of columns at a time.
@@ -192,15 +183,21 @@ template <class E, class Operand>
 void project(const Segment* segments, int64_t count, int64_t hidden, float* out, void* scratch, int64_t bytes,
              int threads, int64_t most, int64_t width, Operand operand) {
   using T = typename E::T;
-  width = even_width(hidden, width, threads);
+  // Codes want whole groups.
+  int64_t unit = kPanelColumns;
+  for (int64_t i = 0; i < count; ++i)
+    if (!operand(segments[i]).weight.stored()) unit = flex::kGroupColumns;
+  width = even_width(hidden, width, threads, unit);
   const int64_t slices = pieces(hidden, width);
-  // The columns of one segment that are computed at a time from `column` of a slice on, as panels.
-  const auto panels_of = [&](int64_t i, int64_t slice, int64_t column, Panel<E>* panels) {
-    if (slice >= slices || is_thin(segments[i])) return Coming<E>{panels, 0, 0};
+  // The columns of one segment that are computed at a time from `column` of a slice on.
+  const auto panels_of = [&](int64_t i, int64_t slice, int64_t column) {
     const Right<E> right = operand(segments[i]);
-    const Weight<E> weight = right.transposed ? right.weight.from(column, 0) : right.weight.from(0, column);
-    const int64_t columns = smaller(kBlockColumns, smaller((slice + 1) * width, hidden) - column);
-    return Coming<E>{panels, cut<E>(weight, columns, right.transposed, panels, 0), right.k};
+    const int64_t whole = right.transposed ? kDeepColumns : kWideColumns;
+    Panels<E> panels(right.k, whole);
+    if (slice < slices && !is_thin(segments[i]))
+      panels.add(right.transposed ? right.weight.from(column, 0) : right.weight.from(0, column),
+                 smaller(whole, smaller((slice + 1) * width, hidden) - column), right.transposed);
+    return panels;
   };
   Queue queue;
 #pragma omp parallel num_threads(threads)
@@ -212,15 +209,14 @@ void project(const Segment* segments, int64_t count, int64_t hidden, float* out,
       for (int64_t i = 0; i < count; ++i) {
         const Segment& s = segments[i];
         const Right<E> right = operand(s);
-        const int64_t across = is_thin(s) ? width : kBlockColumns;
+        const int64_t across = is_thin(s) ? width : right.transposed ? kDeepColumns : kWideColumns;
         for (int64_t column = start; column < end; column += across) {
           const int64_t columns = smaller(across, end - column);
           const int64_t ldc = pieces(columns, kPanelColumns) * kPanelColumns;
-          Panel<E> panels[kPanels], following[kPanels];
-          const Coming<E> own = panels_of(i, slice, column, panels);
-          const Coming<E> coming = column + across < end ? panels_of(i, slice, column + across, following)
-                                   : i + 1 < count       ? panels_of(i + 1, slice, start, following)
-                                                         : panels_of(0, next, next * width, following);
+          const Panels<E> own = panels_of(i, slice, column);
+          const Panels<E> coming = column + across < end ? panels_of(i, slice, column + across)
+                                   : i + 1 < count       ? panels_of(i + 1, slice, start)
+                                                         : panels_of(0, next, next * width);
           for (int64_t row = 0; row < s.rows; row += kBlockRows) {
             const int64_t rows = smaller(kBlockRows, s.rows - row);
             const T* from = address<const T>(s.hidden) + row * right.k;
@@ -229,7 +225,7 @@ void project(const Segment* segments, int64_t count, int64_t hidden, float* out,
                               right.transposed ? right.weight.from(column, 0) : right.weight.from(0, column), columns,
                               right.transposed, work.c, ldc, work);
             else
-              product<E>(from, right.k, nullptr, rows, right.k, panels, own.count, work.c, ldc, work,
+              product<E>(from, right.k, nullptr, rows, own, work.c, ldc, work,
                          row + kBlockRows < s.rows ? own : coming);
             const int32_t* tokens = address<const int32_t>(s.tokens) + row;
             for (int64_t r = 0; r < rows; ++r)
@@ -246,7 +242,7 @@ void project(const Segment* segments, int64_t count, int64_t hidden, float* out,
 template <class E>
 void down(const Segment* segments, int64_t count, int64_t hidden, float* out, void* scratch, int64_t bytes,
           int threads) {
-  project<E>(segments, count, hidden, out, scratch, bytes, threads, longest(segments, count, hidden, 1), kBlockColumns,
+  project<E>(segments, count, hidden, out, scratch, bytes, threads, longest(segments, count, hidden, 1), kDeepColumns,
              [](const Segment& s) {
                return Right<E>{down_of<E>(s), s.width, true, address<const float>(s.scale)};
              });
@@ -256,11 +252,11 @@ void down(const Segment* segments, int64_t count, int64_t hidden, float* out, vo
 template <class E>
 void down_backward(const Segment* segments, int64_t count, int64_t hidden, float* dx, void* scratch, int64_t bytes,
                    int threads) {
-  // A slice reads a stretch of every weight row, each on a page of its own: with few rows these want to be long.
-  int64_t width = kBlockColumns;
+  // A slice reads a stretch of every weight row, each on a page of its own: these want to be long.
+  int64_t width = kWideColumns;
   for (int64_t i = 0; i < count; ++i)
     if (is_thin(segments[i])) width = 2 * flex::kThinColumns;
-  const int64_t share = pieces(hidden, int64_t{2} * threads * kBlockColumns) * kBlockColumns;
+  const int64_t share = pieces(hidden, int64_t{2} * threads * kPanelColumns) * kPanelColumns;
   project<E>(segments, count, hidden, dx, scratch, bytes, threads, longest(segments, count, hidden, 2),
              smaller(width, share), [](const Segment& s) {
                return Right<E>{gate_up_of<E>(s), 2 * s.width, false, nullptr};
@@ -273,11 +269,16 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
                  float* partial, void* scratch, int64_t bytes, int threads) {
   using T = typename E::T;
   constexpr int64_t kUnit = flex::kPartialColumns;
-  const Grid grid(segments, count, kUnit, threads);
+  const Grid grid(segments, count, kBackwardColumns, threads);
   const int64_t tasks = grid.tasks(segments, count);
-  const auto cut_down = [](const Place& place, Panel<E>* panels) {
-    if (is_thin(*place.segment)) return 0;
-    return cut<E>(down_of<E>(*place.segment).from(0, place.column), place.columns, false, panels, 0);
+  const auto down_panels = [hidden](const Place& place) {
+    Panels<E> panels(hidden, kBackwardColumns);
+    if (!is_thin(*place.segment))
+      panels.add(down_of<E>(*place.segment).from(0, place.column), place.columns, false);
+    return panels;
+  };
+  const auto first_panels = [&](const Place& place) {
+    return place.segment->preact ? down_panels(place) : gate_and_up_panels<E>(place, hidden, kBackwardColumns);
   };
   Queue queue;
 #pragma omp parallel num_threads(threads)
@@ -287,13 +288,8 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
       next = queue.take();
       const Place place = grid.place(task, segments);
       const Segment& s = *place.segment;
-      Panel<E> panels[kPanels], following[kPanels];
-      const Coming<E> own{panels, cut_down(place, panels), hidden};
-      Coming<E> coming{following, 0, hidden};
-      if (next < tasks) {
-        const Place after = grid.place(next, segments);
-        coming.count = after.segment->preact ? cut_down(after, following) : cut_gate_and_up<E>(after, following);
-      }
+      const Panels<E> own = down_panels(place);
+      const Panels<E> coming = next < tasks ? first_panels(grid.place(next, segments)) : Panels<E>(0, kBackwardColumns);
       const int64_t columns = place.columns, units = pieces(s.width, kUnit);
       const int32_t* tokens = address<const int32_t>(s.tokens) + place.first_row;
       float* sums = partial + place.first_row * units + place.column / kUnit;
@@ -301,13 +297,13 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
         sums += before->rows * pieces(before->width, kUnit);
 
       const int64_t lift = pieces(columns, kPanelColumns) * kPanelColumns, da = 2 * lift, across = 3 * lift;
-      if (!s.preact) gate_and_up<E>(static_cast<const T*>(x), hidden, place, work.c, across, work, own);
+      if (!s.preact)
+        gate_and_up<E>(static_cast<const T*>(x), hidden, place, kBackwardColumns, work.c, across, work, own);
       if (is_thin(s))
         thin_product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, hidden,
                         down_of<E>(s).from(0, place.column), columns, false, work.c + da, across, work);
       else
-        product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, hidden, panels, own.count, work.c + da,
-                   across, work, coming);
+        product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, own, work.c + da, across, work, coming);
       for (int64_t r = 0; r < place.rows; ++r) {
         const int64_t row = place.first_row + r;
         const float scale = address<const float>(s.scale)[row];

@@ -10,14 +10,15 @@
 
 namespace {
 
-using flex::kBlockColumns;
+using flex::kBackwardColumns;
 using flex::kBlockRows;
-using flex::kBlockWords;
+using flex::kDeepColumns;
+using flex::kWideColumns;
 
 constexpr int kPanelColumns = 2 * W;
-constexpr int kPanels = kBlockColumns / kPanelColumns;
+constexpr int kPanels = kWideColumns / kPanelColumns;
 // One cache line more than a power of two.
-constexpr int64_t kRowWords = kBlockWords + 16;
+constexpr int64_t kRowWords = flex::kPanelWords / kDeepColumns + 16;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -31,9 +32,9 @@ struct Panel {
   bool transposed;
 };
 
-// Into the second-level cache, which has room for what is far ahead.
+// Into the second-level cache, which has room for what is far ahead. Inlined by force, as Weight::prefetch.
 template <class T>
-inline void prefetch(const T* p, int elements) {
+__attribute__((always_inline)) inline void prefetch(const T* p, int elements) {
   for (int byte = 0; byte < elements * static_cast<int>(sizeof(T)); byte += 64)
     __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 2);
 }
@@ -48,35 +49,44 @@ inline void prefetch(const T* p, int elements) {
 
 namespace {
 
-// Panels that a product is going to pack, or none.
+// The right operand of a product: panels of `k` elements each, or none.
 template <class E>
-struct Coming {
-  const Panel<E>* panels;
-  int count;
-  int64_t k;
-};
+struct Panels {
+  Panel<E> panel[kPanels];
+  int count = 0;
+  int64_t k = 0;
+  // Elements of the reduced dimension that are packed at a time. It fixes the order of a sum, so it may depend on
+  // neither threads nor rows.
+  int64_t block = 1;
 
-// Equal blocks of whole vectors along the reduced dimension: 704 words go as 704, 1408 as two of 704.
-template <class E>
-inline int64_t block_of(int64_t k) {
-  const int64_t all = pieces(k, Packing<E>::kPerWord), blocks = pieces(all, kBlockWords);
-  return blocks ? pieces(pieces(all, blocks), 32) * 32 * Packing<E>::kPerWord : 1;
-}
+  // Room for `columns` columns.
+  Panels(int64_t elements, int64_t columns) : k(elements) {
+    // Equal blocks of whole vectors: 1,408 words go as three of 480, not as 512, 512 and 384.
+    const int64_t all = pieces(k, Packing<E>::kPerWord), blocks = pieces(all, flex::kPanelWords / columns);
+    if (blocks) block = pieces(pieces(all, blocks), 32) * 32 * Packing<E>::kPerWord;
+  }
+
+  void add(const Weight<E>& weight, int64_t columns, bool transposed) {
+    for (int64_t j = 0; j < columns && count < kPanels; j += kPanelColumns)
+      panel[count++] = {transposed ? weight.from(j, 0) : weight.from(0, j),
+                        static_cast<int>(smaller(kPanelColumns, columns - j)), transposed};
+  }
+};
 
 // Brings the weights that will be packed next into the second-level cache, a line at a time between multiplications:
 // else the packing of a block waits for memory while nothing is multiplied.
 class Ahead {
  public:
-  // The block [k0, k0 + length) of the panels, in at most about `slots` calls of some().
+  // The block of the panels from k0 on, in about `slots` calls of some().
   template <class E>
-  Ahead(const Coming<E>& coming, int64_t k0, int64_t length, int64_t slots) {
+  Ahead(const Panels<E>& coming, int64_t k0, int64_t slots) {
+    const int64_t length = smaller(coming.block, coming.k - k0);
     if (!coming.count || length < 1) return;
-    const Panel<E>& one = coming.panels[0];
+    const Panel<E>& one = coming.panel[0];
     for (int p = 0; p < coming.count && one.transposed; ++p) {
-      const Panel<E>& panel = coming.panels[p];
+      const Panel<E>& panel = coming.panel[p];
       // Neighbours of one matrix are one stretch of rows.
-      if (stretches_ && rows_[stretches_ - 1] + panel.columns <= kBlockColumns &&
-          panel.weight.byte(0, k0) == base_[stretches_ - 1] + rows_[stretches_ - 1] * step_) {
+      if (stretches_ && panel.weight.byte(0, k0) == base_[stretches_ - 1] + rows_[stretches_ - 1] * step_) {
         rows_[stretches_ - 1] += panel.columns;
         continue;
       }
@@ -87,7 +97,7 @@ class Ahead {
       bytes_ = panel.weight.byte(0, k0 + length - 1) + 1 - panel.weight.byte(0, k0);
     }
     if (!one.transposed) {
-      const int64_t columns = (coming.count - 1) * kPanelColumns + coming.panels[coming.count - 1].columns;
+      const int64_t columns = (coming.count - 1) * kPanelColumns + coming.panel[coming.count - 1].columns;
       stretches_ = 1;
       base_[0] = one.weight.byte(k0, 0);
       rows_[0] = length;
@@ -100,7 +110,7 @@ class Ahead {
     each_ = static_cast<int>(pieces(left_, slots < 1 ? 1 : slots));
   }
 
-  void some() {
+  __attribute__((always_inline)) void some() {
     for (int i = 0; i < each_ && left_ > 0; ++i, --left_) {
       __builtin_prefetch(at_ + offset_, 0, 2);
       if ((offset_ += 64) < bytes_) continue;
@@ -166,32 +176,31 @@ struct Micro {
 
 // One thread's buffers, carved from its piece of the caller's scratch.
 struct Workspace {
-  float* b;  // [kPanels][block words][kPanelColumns]
+  float* b;  // [panels][block words][kPanelColumns]
   float* a;  // [Micro::kMost][kRowWords]
-  float* c;  // [rows][kBlockColumns], in the backward pass half as wide again
+  float* c;  // [rows][columns of a task]
 
   Workspace(void* scratch, int64_t bytes, int thread, int64_t longest) {
-    const int64_t fewest = 64 * flex::kThinRows, panels = kBlockColumns * smaller(longest, kBlockWords);
+    const int64_t fewest = 64 * flex::kThinRows, panels = smaller(flex::kPanelWords, kWideColumns * longest);
     b = reinterpret_cast<float*>(static_cast<char*>(scratch) + bytes * thread);
     a = b + (panels < fewest ? fewest : panels);
     c = a + flex::kPanelRows * kRowWords;
   }
 };
 
-// C [rows, count * kPanelColumns] = A B for panels of B; row r of A is `base + (index ? index[r] : r) * lda`.
+// C [rows, panels.count * kPanelColumns] = A B for panels of B; row r of A is `base + (index ? index[r] : r) * lda`.
 // `coming`: what the next product will pack.
 template <class E>
-void product(const typename E::T* base, int64_t lda, const int32_t* index, int64_t rows, int64_t k,
-             const Panel<E>* panels, int count, float* c, int64_t ldc, const Workspace& work,
-             const Coming<E>& coming) {
+void product(const typename E::T* base, int64_t lda, const int32_t* index, int64_t rows, const Panels<E>& panels,
+             float* c, int64_t ldc, const Workspace& work, const Panels<E>& coming) {
   using P = Packing<E>;
-  const int64_t block = block_of<E>(k), steps = pieces(rows, Micro<P>::kMost);
-  for (int64_t k0 = 0; k0 < k; k0 += block) {
-    const int64_t length = smaller(block, k - k0), words = pieces(length, P::kPerWord);
-    P::pack(panels, count, k0, length, work.b);
-    const int64_t slots = steps * count * pieces(words, kBetweenPrefetches), next = k0 + block;
-    Ahead ahead = next < k ? Ahead(Coming<E>{panels, count, k}, next, smaller(block, k - next), slots)
-                           : Ahead(coming, 0, smaller(block_of<E>(coming.k), coming.k), slots);
+  const int64_t steps = pieces(rows, Micro<P>::kMost);
+  const int count = panels.count;
+  for (int64_t k0 = 0; k0 < panels.k; k0 += panels.block) {
+    const int64_t length = smaller(panels.block, panels.k - k0), words = pieces(length, P::kPerWord);
+    P::pack(panels.panel, count, k0, length, work.b);
+    const int64_t slots = steps * count * pieces(words, kBetweenPrefetches), next = k0 + panels.block;
+    Ahead ahead = next < panels.k ? Ahead(panels, next, slots) : Ahead(coming, 0, slots);
     for (int64_t step = 0; step < steps; ++step) {
       // Rows are shared out evenly: 13 go as 7 and 6, never as 12 and 1.
       const int64_t first_row = rows * step / steps, some = rows * (step + 1) / steps - first_row;

@@ -40,10 +40,12 @@ struct Segment {
 
 // Geometry of the fused kernels' scratch, the same for every instruction set. A "word" is 32 bits of packed operand:
 // one float32, or two neighbouring bfloat16 along the reduced dimension.
-constexpr int64_t kBlockWords = 768;    // words of the reduced dimension packed at a time
-constexpr int64_t kBlockColumns = 128;  // columns of a product computed at a time (shared among its weight matrices)
-constexpr int64_t kBlockRows = 192;     // rows of a product computed at a time
-constexpr int64_t kPartialColumns = 64; // columns of I in a part sum of dscale: a third of a backward block
+constexpr int64_t kPanelWords = 1 << 16;    // words of weights packed at a time, of all columns
+constexpr int64_t kDeepColumns = 128;       // columns at a time where weights lie contiguous along the reduced dimension
+constexpr int64_t kWideColumns = 512;       // columns at a time where they lie contiguous along the columns
+constexpr int64_t kBackwardColumns = 128;   // columns of I at a time in up_backward
+constexpr int64_t kBlockRows = 192;         // rows of a product computed at a time
+constexpr int64_t kPartialColumns = 64;     // columns of I in a part sum of dscale
 constexpr int64_t kPanelRows = 12;      // rows in registers at a time, at most
 constexpr int64_t kThinRows = 32;       // segments of no more rows go through products that pack nothing (thin.h)
 constexpr int64_t kThinColumns = 512;   // columns of such a product computed at a time, of each weight matrix
@@ -52,10 +54,10 @@ constexpr int64_t kThinColumns = 512;   // columns of such a product computed at
 inline int64_t bytes_a_thread(int64_t longest, int64_t rows) {
   const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
   const auto larger = [](int64_t a, int64_t b) { return a < b ? b : a; };
-  const int64_t b = larger(kBlockColumns * smaller(longest, kBlockWords), 64 * kThinRows);
-  const int64_t a = kPanelRows * (kBlockWords + 16);
+  const int64_t b = larger(smaller(kPanelWords, kWideColumns * longest), 64 * kThinRows);
+  const int64_t a = kPanelRows * (kPanelWords / kDeepColumns + 16);
   const int64_t thin = 3 * kThinColumns * smaller(rows, kThinRows);
-  const int64_t c = larger(3 * kPartialColumns * smaller(rows, kBlockRows), thin);
+  const int64_t c = larger(larger(kWideColumns, 3 * kBackwardColumns) * smaller(rows, kBlockRows), thin);
   return 4 * (b + a + c);
 }
 

@@ -57,7 +57,7 @@ struct Packing {
     constexpr int64_t kAhead = 32;
     const Weight<E> weight = panels[0].weight.from(k0, 0);
     const int64_t columns = (count - 1) * kPanelColumns + panels[count - 1].columns;
-    alignas(64) T strip[kBlockColumns];
+    alignas(64) T strip[kWideColumns];
     for (int64_t k = 0; k < length; ++k, out += kPanelColumns) {
       // Rows lie a page apart, where no hardware prefetcher follows. A prefetch never faults.
       weight.prefetch(k + kAhead, 0, columns);

@@ -164,7 +164,7 @@ void pack_any(const Panel<E>* panels, int count, int64_t k0, int64_t length, flo
   constexpr int64_t kAhead = 32;
   const Weight<E> weight = panels[0].weight.from(k0, 0);
   const int64_t columns = (count - 1) * kPanelColumns + panels[count - 1].columns;
-  alignas(64) typename E::T strip[2][kBlockColumns];
+  alignas(64) typename E::T strip[2][kWideColumns];
   for (int64_t k = 0; k < length; k += P::kPerWord, out += kPanelColumns) {
     const typename E::T *row = strip[0], *next = strip[1];
     for (int i = 0; i < P::kPerWord; ++i) {

@@ -119,6 +119,21 @@ inline void evenly(int64_t rows, int64_t most, F f) {
   }
 }
 
+// The product below for codes, where they can be used as they are; false where they are to be decoded in strips.
+template <class E>
+bool thin_codes(const typename E::T*, int64_t, const int32_t*, int64_t, int64_t, const Weight<E>&, int64_t, bool,
+                float*, int64_t, const Workspace&) {
+  return false;
+}
+
+}  // namespace
+
+#if defined(__AVX512F__)
+#include "cpu/thin_codes.h"
+#endif
+
+namespace {
+
 // C [rows, columns] = A B for at most kThinRows rows; row r of A is `base + (index ? index[r] : r) * lda`.
 // Transposed: column j of B is row j of the weight; plain: row k of B is row k of the weight.
 // Writes whole panels: C has room for `columns` rounded up to kPanelColumns.
@@ -129,6 +144,7 @@ void thin_product(const typename E::T* base, int64_t lda, const int32_t* index, 
   using P = Packing<E>;
   using K = Thin<E>;
   const bool stored = weight.stored();
+  if (!stored && thin_codes<E>(base, lda, index, rows, k, weight, columns, transposed, c, ldc, work)) return;
   alignas(64) typename E::T strip[kStrip];
   // A's rows are copied beside each other where all their words fit, one cache line off any power of two.
   const int64_t room = (work.a - work.b) / rows / 32 * 32 - 32, all = pieces(pieces(k, P::kPerWord), 32) * 32;

@@ -1,0 +1,305 @@
+// Products of a few bfloat16 rows with codes, AVX-512: codes become bfloat16 words in registers, and scales are applied
+// to sums or to rows, never to weights. A weight costs half an instruction or less, so that few rows run at the speed at
+// which codes arrive from memory. Include thin.h's other parts first.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace {
+
+constexpr int64_t kGroup = flex::kGroupColumns;
+constexpr int64_t kDotCodeRows = 4, kInt8AxpyRows = 8, kNf4AxpyRows = 5;
+// Beyond this many rows a weight is used often enough to be decoded into a strip once.
+constexpr int64_t kMostDotCodeRows = 8;
+constexpr int64_t kCodeDepth = 64;  // weight rows at a time where they are added up: a page holds a few of them
+
+// Even and odd columns of 64 NF4 codes as bfloat16 levels.
+struct Levels {
+  __m512i even, odd;
+};
+
+// The 16 levels twice: an index is looked up by its low five bits, of which the fifth belongs to the next code.
+inline __m512i nf4_table() {
+  return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(flex::kNf4Levels)));
+}
+
+inline Levels nf4_levels(__m256i bytes, __m512i table) {
+  const __m512i pairs = _mm512_cvtepu8_epi16(bytes);
+  return {_mm512_permutexvar_epi16(pairs, table), _mm512_permutexvar_epi16(_mm512_srli_epi16(pairs, 4), table)};
+}
+
+inline __m256i thirty_two_bytes(const void* p, int64_t n) {
+  if (n >= 32) return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  return _mm256_maskz_loadu_epi8(static_cast<__mmask32>((uint64_t{1} << (n > 0 ? n : 0)) - 1), p);
+}
+
+// 32 int8 as bfloat16, which holds every one of them exactly.
+inline __m512i int8_words(const int8_t* p, int64_t n) {
+  V low, high;
+  int8_values(p, n, 1.0f, low, high);
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+inline V dot_words(V sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+
+inline V broadcast_bfloat(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16(static_cast<int16_t>(*p)), 16));
+}
+
+// c[m, r] (+)= <a[m], row r> for R rows of int8 codes; a in the order of the columns.
+template <int R, int M>
+void int8_dot(const Weight<BFloat16>& weight, int64_t row, int64_t column, int64_t length, const float* a, int64_t lda,
+              float* c, int64_t ldc, bool accumulate) {
+  const char* code = weight.byte(row, column);
+  V sums[R][M];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) sums[r][m] = set1(0.0f);
+  const auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(code + (R + r) * weight.ld + k, 0, 2);
+      const __m512i w = int8_words(reinterpret_cast<const int8_t*>(code + r * weight.ld + k), n);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) sums[r][m] = dot_words(sums[r][m], _mm512_loadu_si512(a + m * lda + k / 2), w);
+    }
+  };
+  int64_t k = 0;
+  for (; k + 32 <= length; k += 32) step(k, 32);
+  if (k < length) step(k, length - k);
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) {
+      float& out = c[m * ldc + r];
+      out = (accumulate ? out : 0.0f) + sum(sums[r][m]) * weight.scale(row + r, 0);
+    }
+}
+
+// The same for NF4; a holds the even columns of every 64, then the odd ones.
+template <int R, int M>
+void nf4_dot(const Weight<BFloat16>& weight, int64_t row, int64_t column, int64_t length, const float* a, int64_t lda,
+             float* c, int64_t ldc, bool accumulate) {
+  const char* code = weight.byte(row, column);
+  const uint16_t* scales = weight.scales + (weight.row + row) * weight.scales_ld + (weight.column + column) / kGroup;
+  const __m512i table = nf4_table();
+  V sums[R][M];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) sums[r][m] = set1(0.0f);
+  const auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(code + (R + r) * weight.ld + k / 2, 0, 2);
+      const Levels w = nf4_levels(thirty_two_bytes(code + r * weight.ld + k / 2, (n + 1) / 2), table);
+      const V s = broadcast_bfloat(scales + r * weight.scales_ld + k / kGroup);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const float* x = a + m * lda + k / 2;
+        const V part = dot_words(dot_words(set1(0.0f), _mm512_loadu_si512(x), w.even), _mm512_loadu_si512(x + W), w.odd);
+        sums[r][m] = fma(part, s, sums[r][m]);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + kGroup <= length; k += kGroup) step(k, kGroup);
+  if (k < length) step(k, length - k);
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) {
+      float& out = c[m * ldc + r];
+      out = (accumulate ? out : 0.0f) + sum(sums[r][m]);
+    }
+}
+
+// c [M, 32] (+)= a [M, length] times `length` rows of int8 codes; a already carries their scales. c in the order of
+// Packing::plain_words.
+template <int M>
+void int8_axpy(const Weight<BFloat16>& weight, int64_t row, int64_t column, int64_t length, int64_t columns,
+               const float* a, int64_t lda, float* c, int64_t ldc, bool accumulate) {
+  V sums[M][2];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int q = 0; q < 2; ++q) sums[m][q] = accumulate ? Float32::load(c + m * ldc + q * W) : set1(0.0f);
+  const auto* code = reinterpret_cast<const int8_t*>(weight.byte(row, column));
+  const auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+    const __m512i one = int8_words(code + k * weight.ld, n);
+    const __m512i two = k + 1 < length ? int8_words(code + (k + 1) * weight.ld, n) : _mm512_setzero_si512();
+    const __m512i low = _mm512_unpacklo_epi16(one, two), high = _mm512_unpackhi_epi16(one, two);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const __m512i word = _mm512_castps_si512(set1(a[m * lda + k / 2]));
+      sums[m][0] = dot_words(sums[m][0], word, low);
+      sums[m][1] = dot_words(sums[m][1], word, high);
+    }
+  };
+  if (columns >= 32)
+    for (int64_t k = 0; k < length; k += 2) step(k, 32);
+  else
+    for (int64_t k = 0; k < length; k += 2) step(k, columns);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int q = 0; q < 2; ++q) Float32::store(c + m * ldc + q * W, sums[m][q]);
+}
+
+// c [M, 64] (+)= a [M, length] times `length` rows of NF4 codes of one group; a already carries their scales. c in the
+// order that settle_nf4 undoes.
+template <int M>
+void nf4_axpy(const Weight<BFloat16>& weight, int64_t row, int64_t column, int64_t length, int64_t columns,
+              const float* a, int64_t lda, float* c, int64_t ldc, bool accumulate) {
+  const __m512i table = nf4_table();
+  V sums[M][4];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) sums[m][q] = accumulate ? Float32::load(c + m * ldc + q * W) : set1(0.0f);
+  const char* code = weight.byte(row, column);
+  const auto step = [&](int64_t k, int64_t bytes) __attribute__((always_inline)) {
+    const Levels one = nf4_levels(thirty_two_bytes(code + k * weight.ld, bytes), table);
+    Levels two{_mm512_setzero_si512(), _mm512_setzero_si512()};
+    if (k + 1 < length) two = nf4_levels(thirty_two_bytes(code + (k + 1) * weight.ld, bytes), table);
+    const __m512i words[4] = {_mm512_unpacklo_epi16(one.even, two.even), _mm512_unpackhi_epi16(one.even, two.even),
+                              _mm512_unpacklo_epi16(one.odd, two.odd), _mm512_unpackhi_epi16(one.odd, two.odd)};
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const __m512i word = _mm512_castps_si512(set1(a[m * lda + k / 2]));
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) sums[m][q] = dot_words(sums[m][q], word, words[q]);
+    }
+  };
+  if (columns >= kGroup)
+    for (int64_t k = 0; k < length; k += 2) step(k, 32);
+  else
+    for (int64_t k = 0; k < length; k += 2) step(k, (columns + 1) / 2);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) Float32::store(c + m * ldc + q * W, sums[m][q]);
+}
+
+// 64 sums of nf4_axpy in the order of their columns: quarters hold even and odd columns, each as the 128-bit lanes of
+// the unpacking instructions left them.
+inline void settle_nf4(float* c) {
+  float sorted[kGroup];
+  for (int i = 0; i < kGroup; ++i) {
+    const int odd = i / 32, high = i / 16 % 2, lane = i / 4 % 4, word = i % 4;
+    sorted[2 * (8 * lane + 4 * high + word) + odd] = c[i];
+  }
+  for (int i = 0; i < kGroup; ++i) c[i] = sorted[i];
+}
+
+// out[i] = the words of `row` [length] times scale[i] each, rounded to bfloat16 again; scale has even entries, then odd.
+inline void scale_words(const float* row, const float* even, const float* odd, float* out, int64_t words) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  for (int64_t i = 0; i < words; i += W) {
+    const __m512i pairs = _mm512_loadu_si512(row + i);
+    const V first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    const V second = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
+    const auto both = _mm512_cvtne2ps_pbh(mul(second, Float32::load(odd + i)), mul(first, Float32::load(even + i)));
+    _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(order, (__m512i)both));
+  }
+}
+
+// Every 64 columns of a row of words: the even ones, then the odd ones.
+inline void split_even_odd(float* row, int64_t words) {
+  const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24,
+                                        22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+  for (int64_t i = 0; i < words; i += 2 * W) {
+    const __m512i a = _mm512_loadu_si512(row + i), b = _mm512_loadu_si512(row + i + W);
+    _mm512_storeu_si512(row + i, _mm512_permutex2var_epi16(a, even, b));
+    _mm512_storeu_si512(row + i + W, _mm512_permutex2var_epi16(a, odd, b));
+  }
+}
+
+using CodeDot = void (*)(const Weight<BFloat16>&, int64_t, int64_t, int64_t, const float*, int64_t, float*, int64_t,
+                         bool);
+using CodeAxpy = void (*)(const Weight<BFloat16>&, int64_t, int64_t, int64_t, int64_t, const float*, int64_t, float*,
+                          int64_t, bool);
+
+inline CodeDot code_dot(bool nf4, bool four, int64_t rows) {
+  static const CodeDot table[2][2][kDotCodeRows] = {
+      {{int8_dot<1, 1>, int8_dot<1, 2>, int8_dot<1, 3>, int8_dot<1, 4>},
+       {int8_dot<4, 1>, int8_dot<4, 2>, int8_dot<4, 3>, int8_dot<4, 4>}},
+      {{nf4_dot<1, 1>, nf4_dot<1, 2>, nf4_dot<1, 3>, nf4_dot<1, 4>},
+       {nf4_dot<4, 1>, nf4_dot<4, 2>, nf4_dot<4, 3>, nf4_dot<4, 4>}}};
+  return table[nf4][four][rows - 1];
+}
+
+inline CodeAxpy code_axpy(bool nf4, int64_t rows) {
+  static const CodeAxpy eight[] = {int8_axpy<1>, int8_axpy<2>, int8_axpy<3>, int8_axpy<4>,
+                                   int8_axpy<5>, int8_axpy<6>, int8_axpy<7>, int8_axpy<8>};
+  static const CodeAxpy four[] = {nf4_axpy<1>, nf4_axpy<2>, nf4_axpy<3>, nf4_axpy<4>, nf4_axpy<5>};
+  return nf4 ? four[rows - 1] : eight[rows - 1];
+}
+
+// c (+)= the rows, packed at `a` as they are, times the weight's rows from k0 on; plain (see thin_product).
+inline void add_code_rows(const Weight<BFloat16>& weight, int64_t k0, int64_t length, int64_t rows, int64_t columns,
+                          const float* a, int64_t lda, float* c, int64_t ldc) {
+  const bool nf4 = weight.kind == flex::kNf4;
+  const int64_t wide = nf4 ? kGroup : kPanelColumns;
+  alignas(64) float scaled[kThinRows][kCodeDepth / 2], even[kCodeDepth / 2], odd[kCodeDepth / 2];
+  const auto scale_rows = [&](int64_t d, int64_t depth, int64_t group) {
+    for (int64_t i = 0; i < kCodeDepth / 2; ++i) {
+      even[i] = 2 * i < depth ? weight.scale(k0 + d + 2 * i, group) : 0.0f;
+      odd[i] = 2 * i + 1 < depth ? weight.scale(k0 + d + 2 * i + 1, group) : 0.0f;
+    }
+    for (int64_t r = 0; r < rows; ++r) scale_words(a + r * lda + d / 2, even, odd, scaled[r], kCodeDepth / 2);
+  };
+  for (int64_t d = 0; d < length; d += kCodeDepth) {
+    const int64_t depth = smaller(kCodeDepth, length - d);
+    if (!nf4) scale_rows(d, depth, 0);
+    for (int64_t j = 0; j < columns; j += wide) {
+      if (nf4) scale_rows(d, depth, (weight.column + j) / kGroup);
+      for (int64_t i = 0; i < depth && j % 128 == 0; ++i)
+        weight.prefetch(k0 + d + kCodeDepth + i, j, smaller(128, columns - j));
+      evenly(rows, nf4 ? kNf4AxpyRows : kInt8AxpyRows, [&](int64_t m, int64_t some) {
+        code_axpy(nf4, some)(weight, k0 + d, j, depth, columns - j, scaled[m], kCodeDepth / 2, c + m * ldc + j, ldc,
+                             k0 + d > 0);
+      });
+    }
+  }
+}
+
+// thin_product for codes; false where it is better served by strips.
+template <>
+inline bool thin_codes<BFloat16>(const uint16_t* base, int64_t lda, const int32_t* index, int64_t rows, int64_t k,
+                                 const Weight<BFloat16>& weight, int64_t columns, bool transposed, float* c,
+                                 int64_t ldc, const Workspace& work) {
+  const bool nf4 = weight.kind == flex::kNf4;
+  if (transposed && rows > kMostDotCodeRows) return false;
+  // An NF4 panel is a whole group.
+  if (!transposed && nf4 && (weight.column % kGroup || ldc % kGroup)) return false;
+  const int64_t room = (work.a - work.b) / rows / 32 * 32 - 32, all = pieces(pieces(k, 2), 32) * 32;
+  const int64_t block = 2 * smaller(all, room), stride = block / 2 + 16;
+  for (int64_t k0 = 0; k0 < k; k0 += block) {
+    const int64_t length = smaller(block, k - k0), words = pieces(length, 64) * 32;
+    for (int64_t r = 0; r < rows; ++r) {
+      float* row = work.b + r * stride;
+      // A sum reads whole groups: what lies beyond the row must be zero.
+      for (int64_t i = pieces(length, 2) / W * W; i < words; i += W) Float32::store(row + i, set1(0.0f));
+      Packing<BFloat16>::pack_row(base + (index ? index[r] : r) * lda + k0, length, row);
+      if (transposed && nf4) split_even_odd(row, words);
+    }
+    if (!transposed) {
+      add_code_rows(weight, k0, length, rows, columns, work.b, stride, c, ldc);
+      continue;
+    }
+    for (int64_t j = 0, some; j < columns; j += some) {
+      some = j + 4 <= columns ? 4 : 1;
+      evenly(rows, kDotCodeRows, [&](int64_t m, int64_t count) {
+        code_dot(nf4, some == 4, count)(weight, j, k0, length, work.b + m * stride, stride, c + m * ldc + j, ldc,
+                                        k0 > 0);
+      });
+    }
+  }
+  if (!transposed)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < columns; j += nf4 ? kGroup : kPanelColumns)
+        nf4 ? settle_nf4(c + r * ldc + j) : Packing<BFloat16>::settle(c + r * ldc + j);
+  return true;
+}
+
+}  // namespace
