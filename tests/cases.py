@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flex_kernels import Experts, Personal, Routed, Router, Shared, reference
 
@@ -127,3 +128,24 @@ def with_fixed_routing(case: Case) -> Case:
     )
     weights_TK = torch.rand(ids_TK.shape, generator=torch.Generator().manual_seed(1)).to(case.x_TH.dtype)
     return replace(case, router=Routed(ids_TK, weights_TK))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements of any tensor that an operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            # The interpreter moves storages about as bytes and with set_; neither is a buffer of the layer's.
+            own = (
+                isinstance(t, torch.Tensor)
+                and t.is_floating_point()
+                and func.overloadpacket != torch.ops.aten.set_
+            )
+            if own and not (t._is_view() or func.is_view):
+                self.numel = max(self.numel, t.numel())
+        return out

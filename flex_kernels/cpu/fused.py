@@ -52,8 +52,9 @@ class Segment:
 
 def serves(groups: list[Group]) -> bool:
     """Whether the kernels run here and can read these weights as stored: unit stride along a row."""
-    stored = (matrix_of(w) for g in groups for w in (g.gate_up_2IH, g.down_HI))
-    return ops.fused() and all(w.stride(1) == 1 for w in stored if w.shape[1] > 1)
+    weights = [w for g in groups for w in (g.gate_up_2IH, g.down_HI)]
+    read = [matrix_of(w) for w in weights] + [w.scales for w in weights if isinstance(w, Quantized)]
+    return ops.fused() and all(t.stride(1) == 1 for t in read if t.ndim == 2 and t.shape[1] > 1)
 
 
 def matrix_of(weight: Tensor | Quantized) -> Tensor:
