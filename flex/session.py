@@ -160,7 +160,7 @@ def prepare_model(model: Any, config: Config, strategy: Strategy) -> dict[str, i
         # The choice is made for each client when it first takes part; until then any expert does.
         graft(
             model,
-            experts=[0] * len(find_blocks(model)),
+            start=[0] * len(find_blocks(model)),
             mix=personal.mix,  # type: ignore[arg-type]
             save=personal.save,  # type: ignore[arg-type]
             backend=settings.backend,
