@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from flex.block import GraftedBlock, grafted_blocks
+from flex.hf_quantizer import refuse_save_pretrained
 from flex.models import find_blocks
 from flex.personal import PersonalCopy, PersonalLoRA
 from flex.quantized import (
@@ -166,6 +167,8 @@ def graft(
             else:
                 grafted.personal = PersonalLoRA(frozen, expert, row, personal_dtype, rank, alpha, generator)
         model.set_submodule(name, grafted)
+    if experts is not None:
+        refuse_save_pretrained(model, experts)
     return GraftReport(
         start=dict(zip(blocks, chosen)),
         selection=selection,

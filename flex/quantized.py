@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flex.memory import give_back_freed
 from flex_kernels import Experts
 from flex_kernels.modules import QuantizedWeight
 from flex_kernels.quantize import KINDS, Kind, Quantized, quantize
@@ -49,6 +50,7 @@ def quantize_experts(module: nn.Module, kind: Kind) -> None:
     for name in WEIGHTS:
         weight = quantize(module.get_parameter(name), kind)
         hold(module, name, QuantizedWeight(weight))
+    give_back_freed()
 
 
 def hold(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
