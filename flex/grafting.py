@@ -187,7 +187,7 @@ def personalize(
 ) -> None:
     """Restart every personal expert and gate of a grafted model from the chosen experts, in place.
 
-    This is how one model serves many simulated clients: no tensor is made or moved.
+    This is how one model serves many simulated clients: no trained tensor is made or moved.
 
     Args:
         selection: of :func:`flex.select_experts`, or the expert of every MoE layer in order.
