@@ -10,7 +10,7 @@ model's conversion, in bfloat16, every model on the same kernels.
 Federation: FLEx as the demo runs it, the mean held-out loss of an answer token before and after.
 
 Numbers, not times: they do not depend on what else the machine does. The file is written after every part,
-and parts that it holds already are kept.
+and parts that it holds already are kept; a federation that was stopped goes on from its last finished round.
 
 Letters: T tokens, H hidden.
 """
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -84,11 +83,15 @@ def perplexities(path: str, experts: Kind | None, texts: Mapping[str, Tensor]) -
 
 
 def federation(config: Config) -> dict[str, Any]:
-    """client -> mean held-out loss of an answer token, before the first round and after the last."""
+    """client -> mean held-out loss of an answer token, before the first round and after the last.
+
+    A run that its folder holds already is continued.
+    """
     import flex
     from flex.report.reader import read_runs
 
-    result = flex.run(config)
+    folder = Path(config.run.folder)
+    result = flex.run(config, resume=folder if (folder / "config.toml").is_file() else None)
     (run,) = read_runs([Path(result.folder)])
     losses = {
         client: {int(number): float(loss) for number, loss in by_round.items()}
@@ -157,6 +160,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantized_quality.json"))
     parser.add_argument("--rounds", type=int, default=3, help="of the federation")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/quantized_quality"), help="folder of the federation's runs"
+    )
     arguments = parser.parse_args()
     from transformers import AutoTokenizer
 
@@ -164,15 +170,14 @@ def main() -> None:
     from flex.moefication.report import held_out_ids
 
     path = str(demo_model())
-    with tempfile.TemporaryDirectory() as folder:
-        configs = {
-            name_of(experts): federation_config(
-                path, experts, Path(folder), arguments.rounds, arguments.threads
-            )
-            for experts in PRECISIONS
-        }
-        texts = held_out_ids(AutoTokenizer.from_pretrained(path), None)
-        measure(path, arguments.out, texts, configs, arguments.threads)
+    configs = {
+        name_of(experts): federation_config(
+            path, experts, arguments.runs, arguments.rounds, arguments.threads
+        )
+        for experts in PRECISIONS
+    }
+    texts = held_out_ids(AutoTokenizer.from_pretrained(path), None)
+    measure(path, arguments.out, texts, configs, arguments.threads)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def quality_tables(result: dict[str, Any]) -> str:
     perplexity = table(["experts", "MiB", *texts], rows)
     rows = [
         [name, *(f"{sum(f[when].values()) / len(f[when]):.3f}" for when in ("before", "after"))]
-        for name, f in result["federation"].items()
+        for name, f in result.get("federation", {}).items()
     ]
     federation = table(["experts", "held-out loss before", "after"], rows)
     return (

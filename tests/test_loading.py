@@ -112,6 +112,17 @@ def test_a_saved_model_loads_to_the_same_bits_and_is_smaller(architecture, kind,
     assert (tmp_path / "small" / "tokenizer.json").is_file()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_codes_of_a_saved_model_do_not_follow_the_dtype(dtype, tmp_path):
+    model = flex.load(saved(tmp_path / "plain"), "nf4", torch.bfloat16)
+    flex.save(model, tmp_path / "small")
+    again, before = flex.load(tmp_path / "small", dtype=dtype).state_dict(), model.state_dict()
+    for name, t in again.items():
+        held = name.endswith((".codes", ".scales"))
+        assert torch.equal(t, before[name] if held else before[name].to(dtype))
+        assert t.dtype == (before[name].dtype if held else dtype)
+
+
 def test_of_a_trained_graft_the_pretrained_part_is_saved(tmp_path):
     model = tiny("qwen2_moe")
     flex.add_lora(model)
@@ -312,6 +323,8 @@ def test_the_whole_model_is_never_in_memory(tmp_path):
     assert held < peak < 0.6 * full
 
 
-def test_the_loaders_model_has_blocks_that_are_found(tmp_path):
+def test_a_dense_layer_beside_the_others_is_left_alone(tmp_path):
     model = flex.load(saved(tmp_path, "deepseek_v2"), "nf4")
     assert list(find_blocks(model)) == ["model.layers.1.mlp"]
+    dense = model.model.layers[0].mlp
+    assert torch.equal(dense.up_proj.weight, tiny("deepseek_v2").model.layers[0].mlp.up_proj.weight)

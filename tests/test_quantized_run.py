@@ -156,6 +156,18 @@ def test_the_demo_passes_the_precision_on(tmp_path):
     assert Config.from_toml(write(tmp_path, demo_config(settings, "flex"))).model.experts == "nf4"
 
 
+def test_the_demo_command_passes_the_precision_on(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def stop(settings, *rest, **options):
+        seen.append(settings)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("flex.demo.run_demo", stop)
+    assert cli.main(["demo", "--experts", "int8", "--out", str(tmp_path / "demo")]) == 2
+    assert seen[0].experts == "int8" and "enough" in capsys.readouterr().err
+
+
 def write(folder, settings):
     (folder / "config.toml").write_text(settings.to_toml(comments=True))
     return folder / "config.toml"
