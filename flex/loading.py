@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import secrets
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -27,7 +29,7 @@ from flex.hf_quantizer import METHOD, ExpertsConfig, Unfit
 from flex.models import Unsupported
 from flex.quantized import check_kind, kind_of
 from flex.shards import INDEX, first_few, open_shards, shard_files
-from flex_kernels.quantize import Kind
+from flex_kernels.quantize import KINDS, Kind
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LARGEST_SHARD = "5GB"
@@ -69,14 +71,14 @@ def load(
     path = os.fspath(path)
     config = AutoConfig.from_pretrained(path, revision=revision)
     stored = stored_kind(config)
-    if stored is not None and experts not in (None, stored):
+    if experts is not None and stored not in (None, experts):
         raise ValueError(
-            f"experts={experts!r}: {path} holds its routed experts in {stored!r}; load the original"
+            f"experts={experts!r}: {path} is quantised already, with {stored!r}; load the original"
         )
     options: dict[str, Any] = (
         {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     )
-    if experts is None and stored is None:
+    if experts is None and stored not in KINDS:
         plain = dict(revision=revision, dtype=dtype or "auto")
         return AutoModelForCausalLM.from_pretrained(path, **plain, **options)
     if stored is None:
@@ -93,7 +95,16 @@ def load(
 def load_tensors_into_model(
     path: str, config: PreTrainedConfig, tensors: dict[str, Any], dtype: torch.dtype | None, options: Any
 ) -> Any:
-    """transformers' own loading, from slices that are read when their turn comes."""
+    """transformers' own loading, from slices that are read when their turn comes.
+
+    Args:
+        path: for messages.
+        tensors: name -> something that gives its tensor when indexed with ``...``.
+        options: of ``from_pretrained``; ``quantization_config`` unless the configuration has one.
+
+    Raises:
+        Unsupported, ValueError: as :func:`load`.
+    """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise Unsupported(
             f"{path}: {type(config).__name__} is not the configuration of a causal language model"
@@ -122,21 +133,14 @@ def load_tensors_into_model(
     return model
 
 
-def stored_kind(config: PreTrainedConfig) -> Kind | None:
-    """How a checkpoint's experts were quantised by :func:`save`; None: they were not.
-
-    Raises:
-        ValueError: it is quantised by someone else.
-    """
+def stored_kind(config: PreTrainedConfig) -> str | None:
+    """How :func:`save` left a checkpoint's experts, or the name of another way of quantising; None: plain."""
     given = getattr(config, "quantization_config", None)
     if given is None:
         return None
-    method = given.get("quant_method") if isinstance(given, dict) else given.quant_method
-    if method != METHOD:
-        raise ValueError(f"{config.name_or_path} is quantised with {method!r}: load it with from_pretrained")
-    kind = given["experts"] if isinstance(given, dict) else given.experts
-    check_kind(kind)
-    return kind
+    settings = given if isinstance(given, dict) else given.to_dict()
+    method = settings.get("quant_method")
+    return settings.get("experts") if method == METHOD else str(method)
 
 
 def first_float(tensors: dict[str, Any]) -> torch.dtype:
@@ -203,10 +207,6 @@ def pretrained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def save_weights(tensors: dict[str, Tensor], folder: Path) -> None:
     """Safetensors shards, and their index where there are several."""
-    import json
-
-    from huggingface_hub import split_torch_state_dict_into_shards
-
     plan = split_torch_state_dict_into_shards(tensors, max_shard_size=LARGEST_SHARD)
     for file, names in plan.filename_to_tensors.items():
         save_tensors(folder / file, {name: tensors[name] for name in names}, {"format": "pt"})
