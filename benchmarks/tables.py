@@ -2,6 +2,8 @@
 
 python -m benchmarks.tables benchmarks/results/layer_cpu.json
 python -m benchmarks.tables benchmarks/results/federation.json
+python -m benchmarks.tables benchmarks/results/quantized_quality.json
+python -m benchmarks.tables benchmarks/results/full_size.json
 """
 
 from __future__ import annotations
@@ -85,11 +87,65 @@ def federation_table(result: dict[str, Any]) -> str:
     return table(header, rows)
 
 
+def quality_tables(result: dict[str, Any]) -> str:
+    """Quantised experts: error a layer, perplexity (in brackets its ratio to bfloat16), and a federation."""
+    errors = result["layer_error"]
+    kinds = list(next(iter(errors.values())))
+    rows = []
+    for text, of_kind in errors.items():
+        cells = []
+        for kind in kinds:
+            values = list(of_kind[kind].values())
+            mean = sum(values) / len(values)
+            cells.append(f"{mean:.3f} ({min(values):.3f} to {max(values):.3f})")
+        rows.append([text, *cells])
+    layers = table(["", *kinds], rows)
+    models, texts = result["models"], list(result["held_out_tokens"])
+    base = models["bfloat16"]["perplexity"]
+    rows = [
+        [
+            name,
+            f"{m['expert_bytes'] / 2**20:,.0f}",
+            *(f"{m['perplexity'][text]:.2f} ({m['perplexity'][text] / base[text]:.3f})" for text in texts),
+        ]
+        for name, m in models.items()
+    ]
+    perplexity = table(["experts", "MiB", *texts], rows)
+    rows = [
+        [name, *(f"{sum(f[when].values()) / len(f[when]):.3f}" for when in ("before", "after"))]
+        for name, f in result.get("federation", {}).items()
+    ]
+    federation = table(["experts", "held-out loss before", "after"], rows)
+    return (
+        f"**Relative error of a layer's routed sum: mean over layers (least to largest)**\n\n{layers}\n\n"
+        f"**Perplexity (ratio to bfloat16), and memory of the routed experts**\n\n{perplexity}\n\n"
+        f"**FLEx, mean over clients of the loss of an answer token, nats**\n\n{federation}"
+    )
+
+
+def full_size_table(result: dict[str, Any]) -> str:
+    """The proof of size: memory by part, peak and speed."""
+    rows = [[part, f"{held / 2**30:.2f}"] for part, held in result["memory_by_part_bytes"].items()]
+    rows.append(["peak of the process", f"{result['peak_bytes'] / 2**30:.2f}"])
+    return (
+        f"{table(['', 'GiB'], rows)}\n\n{result['weights']:,} weights, {result['trained']:,} trained; "
+        f"{result['tokens_per_second']:.1f} tokens/s"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print results as Markdown tables.")
     parser.add_argument("file", type=Path)
     result = json.loads(parser.parse_args().file.read_text())
-    print(layer_tables(result) if "cases" in result else federation_table(result))
+    for key, tables in (
+        ("cases", layer_tables),
+        ("layer_error", quality_tables),
+        ("memory_by_part_bytes", full_size_table),
+        ("results", federation_table),
+    ):
+        if key in result:
+            print(tables(result))
+            break
 
 
 if __name__ == "__main__":

@@ -131,6 +131,11 @@ def description(
         "beside transformers' block. Memory above the loaded model includes the gradients and optimiser "
         "state of what is trained, the same for all."
     )
+    if config.model.experts:
+        text += (
+            f" Frozen experts of flex_kernels' layer in {config.model.experts}; the stock layer knows only "
+            f"{config.model.dtype}."
+        )
     return text + "".join(f" Not measured: {reason}." for reason in failed.values())
 
 
@@ -198,6 +203,9 @@ def measure(layer: str, config: Config, batches: Sequence[Batch]) -> dict[str, A
 
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    if layer != "flex_kernels":
+        # transformers' layers know no quantised experts: they run on the model as it is.
+        config = replace(config, model=replace(config.model, experts=""))
     model, _ = load_model(config)
     if layer == "flex_kernels":
         prepare_model(model, config, STRATEGIES["flex"]())

@@ -84,6 +84,11 @@ class Model(Table):
         "auto", "of the fused layer", choices=("auto", "reference", "cpu", "triton", "cuda")
     )
     experts: str = setting(
+        "",
+        "of the frozen routed experts: '' holds them as the checkpoint does, 'int8' and 'nf4' quantise them",
+        choices=("", "int8", "nf4"),
+    )
+    experts_implementation: str = setting(
         "flex_kernels",
         "what computes the layers of a strategy without a personal expert",
         choices=("flex_kernels", "eager", "grouped_mm", "batched_mm"),
@@ -227,7 +232,12 @@ class Config:
                     f"{name}={given!r} is not a flex.config.{table.__name__}; "
                     "from plain dicts use Config.from_dict"
                 )
-        data, training = self.data, self.training
+        data, model, training = self.data, self.model, self.training
+        if model.experts and model.experts_implementation != "flex_kernels":
+            raise ConfigError(
+                f"model.experts={model.experts!r} and model.experts_implementation="
+                f"{model.experts_implementation!r}: only 'flex_kernels' computes with quantised experts"
+            )
         if data.source in ("jsonl", "huggingface") and not data.path:
             raise ConfigError(f"data.path is empty; data.source={data.source!r} needs it")
         if data.source == "reasoning_gym" and not data.skills:

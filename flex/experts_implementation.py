@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from flex.models.base import check_experts
 from flex_kernels import Experts, Routed, flex_moe
+from flex_kernels.modules import record_of
 
 NAME = "flex_kernels"
 
@@ -24,7 +25,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     """sum_k weights_k E_{ids_k}(x).
 
     Args:
-        self: transformers' experts module: ``gate_up_proj`` [E, 2I, H], ``down_proj`` [E, H, I].
+        self: transformers' experts module: ``gate_up_proj`` [E, 2I, H], ``down_proj`` [E, H, I],
+            plain or quantised.
         hidden_states: [T, H].
         top_k_index: [T, K]; the value E marks a token of another rank, which contributes nothing.
         top_k_weights: [T, K].
@@ -35,7 +37,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     """
     check_experts(self)
     routed = Routed(top_k_index, top_k_weights)
-    return flex_moe(hidden_states, routed, Experts(self.gate_up_proj, self.down_proj))
+    experts = Experts(record_of(self.gate_up_proj), record_of(self.down_proj))
+    return flex_moe(hidden_states, routed, experts)
 
 
 def register() -> None:

@@ -10,11 +10,22 @@ import torch
 from torch import nn
 
 from flex.block import GraftedBlock, grafted_blocks
+from flex.hf_quantizer import refuse_save_pretrained
 from flex.models import find_blocks
 from flex.personal import PersonalCopy, PersonalLoRA
+from flex.quantized import (
+    check_can_become,
+    check_kind,
+    compute_dtype,
+    expert_bytes,
+    frozen_weights,
+    kind_of,
+    quantize_experts,
+)
 from flex.select import Batch, Selection, select_experts
 from flex_kernels.check import check_option
 from flex_kernels.dispatch import resolve_backend
+from flex_kernels.quantize import Kind
 from flex_kernels.types import Mix, Save
 
 PersonalKind = Literal["full", "lora"]
@@ -25,36 +36,44 @@ class GraftReport:
     """What :func:`graft` did.
 
     Attributes:
-        experts: layer name -> the expert its personal one began as; None without personal experts.
-        selection: the errors behind the choice; None when the experts were given.
+        start: layer name -> the expert its personal one began as; None without personal experts.
+        selection: the errors behind the choice; None when ``start`` was given.
         mix, personal: as asked for.
         trainable: number of parameters that will be trained in the whole model, LoRA adapters included.
-        frozen: number of those that will not.
+        frozen: number of weights that will not, quantised ones included.
+        experts: how the frozen routed experts are held: "int8", "nf4", or None in the model's own dtype.
+        expert_bytes_before, expert_bytes: what they held before and hold now.
     """
 
-    experts: dict[str, int | None]
+    start: dict[str, int | None]
     selection: Selection | None
     mix: Mix
     personal: PersonalKind | None
     trainable: int
     frozen: int
+    experts: Kind | None
+    expert_bytes_before: int
+    expert_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "experts": dict(self.experts),
+            "start": dict(self.start),
             "selection": None if self.selection is None else self.selection.to_dict(),
             "mix": self.mix,
             "personal": self.personal,
             "trainable": self.trainable,
             "frozen": self.frozen,
+            "experts": self.experts,
+            "expert_bytes_before": self.expert_bytes_before,
+            "expert_bytes": self.expert_bytes,
         }
 
     def table(self) -> list[tuple[str, ...]]:
         """Rows of strings, the header first."""
         if self.selection is not None:
             return self.selection.table()
-        rows = [(name, "none" if expert is None else str(expert)) for name, expert in self.experts.items()]
+        rows = [(name, "none" if expert is None else str(expert)) for name, expert in self.start.items()]
         return [("layer", "expert"), *rows]
 
 
@@ -68,24 +87,31 @@ def graft(
     personal: PersonalKind | None = "full",
     rank: int = 16,
     alpha: float = 16.0,
-    experts: Sequence[int] | None = None,
+    start: Sequence[int] | None = None,
+    experts: Kind | None = None,
     personal_dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> GraftReport:
     """Put the fused FLEx layer in every MoE block of a Hugging Face model, in place, and freeze the rest.
 
-    The pretrained weights are neither copied nor renamed. LoRA adapters that :func:`flex.add_lora` put in
-    before stay trainable. With its gates shut the grafted model computes what it did before (in bf16 and fp16
-    up to the router's rounding: the fused layer scores experts in float32).
+    The pretrained weights are neither copied nor renamed (``experts`` may quantise some). LoRA adapters that
+    :func:`flex.add_lora` put in before stay trainable. With its gates shut the grafted model computes what it
+    did before (in bf16 and fp16 up to the router's rounding: the fused layer scores experts in float32).
 
     Args:
         model: a supported architecture (Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V2 and V3).
-        calibration: batches of the client's tokens for :func:`flex.select_experts`; or give ``experts``.
+        calibration: batches of the client's tokens for :func:`flex.select_experts`; or give ``start``.
+            The experts are chosen before they are quantised: the question is which of them reproduces the
+            pretrained layer, and rounding should not answer it. A model whose experts were loaded quantised
+            has no others to choose by.
         mix, save, backend: of the layer, see :func:`flex_kernels.flex_moe`.
         personal: "full" trains a whole copy of the expert, "lora" low-rank changes to it; None grafts the
             fused layer alone.
         rank, alpha: of the low-rank matrices with ``personal="lora"``.
-        experts: the expert to start from in every MoE layer, in order; skips selection.
+        start: the expert to start from in every MoE layer, in order; skips selection.
+        experts: "int8" or "nf4" quantises the frozen routed experts in place, layer by layer (see
+            :mod:`flex_kernels.quantize`); personal experts then begin as the decoded expert. None leaves them
+            as they are. :func:`flex.load` quantises while it loads, so that the model never has to fit first.
         personal_dtype: of the personal experts' matrices; None keeps the model's. float32 is what an
             optimiser wants beside a bf16 model. Gates are float32 always.
         generator: draws the low-rank start.
@@ -111,20 +137,28 @@ def graft(
         raise ValueError(f"rank={rank!r} must be an integer of at least 1")
     if personal_dtype is not None and not personal_dtype.is_floating_point:
         raise TypeError(f"personal_dtype={personal_dtype} is not a float dtype")
-    check_one_source(calibration, experts, personal)
+    check_kind(experts)
+    check_one_source(calibration, start, personal)
 
     blocks = find_blocks(model)
-    for block, adapter in blocks.values():
-        weight = adapter.experts(block).gate_up
-        resolve_backend(backend, weight.device, weight.dtype)
-    counts = {name: adapter.experts(block).gate_up.shape[0] for name, (block, adapter) in blocks.items()}
+    layers = {name: adapter.experts(block) for name, (block, adapter) in blocks.items()}
+    for (block, adapter), layer in zip(blocks.values(), layers.values()):
+        resolve_backend(backend, layer.gate_up.device, compute_dtype(layer, adapter.router(block).weight))
+    held = kind_of(layers.values())
+    check_can_become(experts, held, layers)
+    counts = {name: layer.count for name, layer in layers.items()}
+    bytes_before = expert_bytes(layers.values())
+    # Float weights are let go layer by layer below: nothing here may hold on to them.
+    del layers, layer
     selection = None if calibration is None else select_experts(model, calibration, backend)
-    chosen = [None] * len(blocks) if personal is None else resolve(selection or experts, counts)
+    chosen = [None] * len(blocks) if personal is None else resolve(selection or start, counts)
 
     for name, parameter in model.named_parameters():
         if not any(part.startswith("lora_") for part in name.split(".")):
             parameter.requires_grad_(False)
     for (name, (block, adapter)), expert in zip(blocks.items(), chosen):
+        if experts is not None and experts != held:
+            quantize_experts(adapter.part(block, "experts"), experts)
         grafted = GraftedBlock(block, adapter, mix, save, backend)
         if expert is not None:
             frozen, row = adapter.experts(grafted), adapter.router(grafted).weight[expert]
@@ -133,9 +167,19 @@ def graft(
             else:
                 grafted.personal = PersonalLoRA(frozen, expert, row, personal_dtype, rank, alpha, generator)
         model.set_submodule(name, grafted)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen_count = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return GraftReport(dict(zip(blocks, chosen)), selection, mix, personal, trainable, frozen_count)
+    if experts is not None:
+        refuse_save_pretrained(model, experts)
+    return GraftReport(
+        start=dict(zip(blocks, chosen)),
+        selection=selection,
+        mix=mix,
+        personal=personal,
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        frozen=frozen_weights(model),
+        experts=experts or held,
+        expert_bytes_before=bytes_before,
+        expert_bytes=expert_bytes(adapter.experts(block) for block, adapter in blocks.values()),
+    )
 
 
 def personalize(
@@ -143,7 +187,7 @@ def personalize(
 ) -> None:
     """Restart every personal expert and gate of a grafted model from the chosen experts, in place.
 
-    This is how one model serves many simulated clients: no tensor is made or moved.
+    This is how one model serves many simulated clients: no trained tensor is made or moved.
 
     Args:
         selection: of :func:`flex.select_experts`, or the expert of every MoE layer in order.
@@ -159,20 +203,20 @@ def personalize(
         raise ValueError(
             f"layer {bare} has no personal expert: graft the model with personal='full' or 'lora'"
         )
-    counts = {name: block.adapter.experts(block).gate_up.shape[0] for name, block in blocks.items()}
+    counts = {name: block.adapter.experts(block).count for name, block in blocks.items()}
     for block, expert in zip(blocks.values(), resolve(selection, counts)):
         assert block.personal is not None
         row = block.adapter.router(block).weight[expert]
         block.personal.restart(block.adapter.experts(block), expert, row, generator)
 
 
-def check_one_source(calibration: Any, experts: Any, personal: str | None) -> None:
-    given = [n for n, v in (("calibration", calibration), ("experts", experts)) if v is not None]
+def check_one_source(calibration: Any, start: Any, personal: str | None) -> None:
+    given = [n for n, v in (("calibration", calibration), ("start", start)) if v is not None]
     if personal is None and given:
         raise ValueError(f"personal=None makes no personal experts, so {given[0]} has no use: leave it out")
     if personal is not None and len(given) != 1:
         raise ValueError(
-            f"give one of calibration (batches of token ids) and experts (an index per MoE layer), got "
+            f"give one of calibration (batches of token ids) and start (an index per MoE layer), got "
             f"{'both' if given else 'neither'}; personal=None grafts without personal experts"
         )
 
@@ -185,12 +229,12 @@ def resolve(choice: Any, counts: Mapping[str, int]) -> list[int]:
             raise ValueError(f"the selection is of the layers {names}, the model has {list(counts)}")
         choice = choice.experts
     if not isinstance(choice, Sequence) or isinstance(choice, str):
-        raise TypeError(f"experts must be a list of {len(counts)} indices, got {type(choice).__name__}")
+        raise TypeError(f"start must be a list of {len(counts)} indices, got {type(choice).__name__}")
     if len(choice) != len(counts):
-        raise ValueError(f"experts has {len(choice)} indices, the model has {len(counts)} MoE layers")
+        raise ValueError(f"start has {len(choice)} indices, the model has {len(counts)} MoE layers")
     for (name, count), expert in zip(counts.items(), choice):
         if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < count:
             raise ValueError(
-                f"experts: {expert!r} is not an expert of layer {name}, which has 0 to {count - 1}"
+                f"start: {expert!r} is not an expert of layer {name}, which has 0 to {count - 1}"
             )
     return list(choice)

@@ -8,24 +8,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from flex.quantized import compute_dtype
 from flex_kernels import Experts, Personal
 from flex_kernels.modules import PersonalExpert
+from flex_kernels.quantize import Quantized
 
 
 class PersonalCopy(PersonalExpert):
     """A personal expert trained in full: starts as a copy of routed expert ``expert``.
 
     Args:
-        experts: gate_up [E, 2I, H] and down [E, H, I].
+        experts: gate_up [E, 2I, H] and down [E, H, I]; of quantised ones the decoded weights are copied.
         expert: which one to copy; kept in the buffer ``expert``, an int64 scalar.
         gate_weight: [H], the gate's start: that expert's router row.
-        dtype: of the two matrices; None keeps the experts'. The gate is always float32.
+        dtype: of the two matrices; None keeps the experts' (``gate_weight``'s, where they are quantised). The
+            gate is always float32.
     """
 
     expert: Tensor
 
     def __init__(self, experts: Experts, expert: int, gate_weight: Tensor, dtype: torch.dtype | None = None):
-        super().__init__(experts.gate_up[expert], experts.down[expert], gate_weight, dtype)
+        dtype = dtype or compute_dtype(experts, gate_weight)
+        super().__init__(*experts.expert(expert, dtype), gate_weight, dtype)
         self.register_buffer("expert", torch.tensor(expert, device=experts.gate_up.device))
 
     def record_over(self, experts: Experts) -> Personal:
@@ -37,8 +41,9 @@ class PersonalCopy(PersonalExpert):
         self, experts: Experts, expert: int, gate_weight: Tensor, generator: torch.Generator | None = None
     ) -> None:
         """Become a fresh copy of ``expert`` in the parameters that exist; ``generator`` is not used."""
-        self.gate_up.copy_(experts.gate_up[expert])
-        self.down.copy_(experts.down[expert])
+        gate_up, down = experts.expert(expert)
+        self.gate_up.copy_(gate_up)
+        self.down.copy_(down)
         self.gate_weight.copy_(gate_weight)
         self.gate_bias.zero_()
         self.expert.fill_(expert)
@@ -50,6 +55,9 @@ class PersonalLoRA(nn.Module):
     The frozen W_expert is a view of the layer's own routed expert, never a copy. The sum is formed at each
     call, 3 I H elements for one expert; autograd holds it between forward and backward.
 
+    Where the routed experts are quantised, W_expert is decoded once, when the expert is chosen or loaded, and
+    kept: 3 I H elements in ``gate_weight``'s dtype a layer, in no state dict, neither trained nor sent.
+
     Args:
         experts, expert, gate_weight, dtype: as for :class:`PersonalCopy`; ``dtype`` of the low-rank matrices.
         rank: R, at least 1.
@@ -58,6 +66,8 @@ class PersonalLoRA(nn.Module):
     """
 
     expert: Tensor
+    frozen_gate_up: Tensor | None
+    frozen_down: Tensor | None
 
     def __init__(
         self,
@@ -71,7 +81,8 @@ class PersonalLoRA(nn.Module):
     ):
         super().__init__()
         _, rows, hidden = experts.gate_up.shape
-        device, dtype = experts.gate_up.device, dtype or experts.gate_up.dtype
+        self.frozen_dtype = compute_dtype(experts, gate_weight)
+        device, dtype = experts.gate_up.device, dtype or self.frozen_dtype
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
 
         def empty(*shape: int) -> nn.Parameter:
@@ -83,9 +94,12 @@ class PersonalLoRA(nn.Module):
         self.down_out = empty(hidden, rank)
         self.gate_weight = nn.Parameter(torch.empty(hidden, dtype=torch.float32, device=device))
         self.gate_bias = nn.Parameter(torch.empty((), dtype=torch.float32, device=device))
-        self.register_buffer("expert", torch.tensor(expert, device=experts.gate_up.device))
+        self.register_buffer("expert", torch.tensor(expert, device=device))
+        self.register_buffer("frozen_gate_up", None, persistent=False)
+        self.register_buffer("frozen_down", None, persistent=False)
         # A Python copy of the buffer, so that forward needs no read back from the device.
         self.expert_index = expert
+        self.decoded_index: int | None = None
         self.register_load_state_dict_post_hook(lambda module, keys: module.follow_buffer())
         self.restart(experts, expert, gate_weight, generator)
 
@@ -109,10 +123,22 @@ class PersonalLoRA(nn.Module):
         self.gate_bias.zero_()
         self.expert.fill_(expert)
         self.expert_index = expert
+        self.frozen(experts)
+
+    def frozen(self, experts: Experts) -> tuple[Tensor, Tensor]:
+        """(gate_up [2I, H], down [H, I]) of the adapted expert: views, or the decoded weights kept here."""
+        if not isinstance(experts.gate_up, Quantized):
+            return experts.expert(self.expert_index)
+        if self.decoded_index != self.expert_index or self.frozen_gate_up is None or self.frozen_down is None:
+            with torch.no_grad():
+                decoded = experts.expert(self.expert_index, self.frozen_dtype)
+                self.frozen_gate_up, self.frozen_down = decoded
+            self.decoded_index = self.expert_index
+        return self.frozen_gate_up, self.frozen_down
 
     def record_over(self, experts: Experts) -> Personal:
-        """The layer's argument: the adapted expert, formed over the frozen one in ``experts``."""
-        base_gate_up, base_down = experts.gate_up[self.expert_index], experts.down[self.expert_index]
-        gate_up = base_gate_up + self.scale * (self.gate_up_out @ self.gate_up_in)
-        down = base_down + self.scale * (self.down_out @ self.down_in)
+        """The layer's argument: the adapted expert, formed over the frozen one of ``experts``."""
+        frozen_gate_up, frozen_down = self.frozen(experts)
+        gate_up = frozen_gate_up + self.scale * (self.gate_up_out @ self.gate_up_in)
+        down = frozen_down + self.scale * (self.down_out @ self.down_in)
         return Personal(gate_up, down, self.gate_weight, self.gate_bias)

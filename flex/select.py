@@ -90,8 +90,8 @@ def select_experts(model: nn.Module, batches: Iterable[Batch], backend: str | No
     """Run the pretrained model over ``batches`` once and choose an expert for every MoE layer.
 
     Works on a grafted model (its gates are shut meanwhile) and on one that is not; LoRA adapters stay active.
-    Each
-    batch is forgotten after its errors were added: memory does not depend on how many there are.
+    Each batch is forgotten after its errors were added: memory does not depend on how many there are. On a
+    quantised model the choice is made with the quantised experts, decoded one at a time.
 
     Args:
         batches: token ids, [B, S] or [S] integers, or dicts with ``input_ids`` and optionally
@@ -148,14 +148,15 @@ class LayerSums:
                 "look for NaN in the model's weights or for overflow in its dtype"
             )
         experts = self.adapter.experts(self.block)
-        squares_E = torch.zeros(experts.gate_up.shape[0], dtype=torch.float64, device=x_TH.device)
+        squares_E = torch.zeros(experts.count, dtype=torch.float64, device=x_TH.device)
         norm_square = torch.zeros((), dtype=torch.float64, device=x_TH.device)
         for x_tH in x_TH.split(CHUNK):
             y_tH = flex_moe(x_tH, self.adapter.route(self.block, x_tH), experts, backend=self.backend)
             y_tH = at_least_float32(y_tH)
             norm_square += y_tH.square().sum(dtype=torch.float64)
             for c in range(len(squares_E)):
-                miss_tH = y_tH - at_least_float32(swiglu_ffn(x_tH, experts.gate_up[c], experts.down[c]))
+                # One expert is decoded at a time where they are quantised.
+                miss_tH = y_tH - at_least_float32(swiglu_ffn(x_tH, *experts.expert(c, x_tH.dtype)))
                 squares_E[c] += miss_tH.square_().sum(dtype=torch.float64)
         if not torch.isfinite(squares_E).all():
             worst = int(torch.nonzero(~torch.isfinite(squares_E))[0])

@@ -111,10 +111,14 @@ def load_session(config: Config, clients: Sequence[ClientData], store: Store) ->
 def load_model(config: Config) -> tuple[Any, Any]:
     """(frozen model in eval mode on its device, tokenizer).
 
+    Its routed experts are quantised where ``model.experts`` asks, and never all in memory before that.
+
     Raises ConfigError: ``model.path`` cannot be loaded, or ``model.device`` is not there.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
+
+    from flex.loading import load
 
     path = config.model.path
     if path == "demo":
@@ -133,9 +137,8 @@ def load_model(config: Config) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, config.model.dtype), attn_implementation="sdpa"
-        )
+        dtype, experts = getattr(torch, config.model.dtype), config.model.experts or None
+        model = load(path, experts, dtype, attn_implementation="sdpa")  # type: ignore[arg-type]
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={path!r} cannot be loaded: {error}") from error
     finally:
@@ -152,15 +155,22 @@ def prepare_model(model: Any, config: Config, strategy: Strategy) -> dict[str, i
     from flex.grafting import graft
     from flex.lora import add_lora
     from flex.models import find_blocks
+    from flex.quantized import frozen_weights, kind_of
     from flex.state import personal_tensors, shared_tensors
     from flex_kernels import checkpoint_contexts
 
     personal, settings = config.personal, config.model
+    held = kind_of(adapter.experts(block) for block, adapter in find_blocks(model).values())
+    if held is not None and settings.experts_implementation != "flex_kernels":
+        raise ConfigError(
+            f"model.experts_implementation={settings.experts_implementation!r}: only 'flex_kernels' computes "
+            f"with the {held} experts of {settings.path}"
+        )
     if strategy.personal:
         # The choice is made for each client when it first takes part; until then any expert does.
         graft(
             model,
-            experts=[0] * len(find_blocks(model)),
+            start=[0] * len(find_blocks(model)),
             mix=personal.mix,  # type: ignore[arg-type]
             save=personal.save,  # type: ignore[arg-type]
             backend=settings.backend,
@@ -169,10 +179,10 @@ def prepare_model(model: Any, config: Config, strategy: Strategy) -> dict[str, i
             personal_dtype=torch.float32,
             generator=torch.Generator().manual_seed(derive_seed(config.run.seed, "personal")),
         )
-    elif settings.experts == "flex_kernels":
+    elif settings.experts_implementation == "flex_kernels":
         graft(model, personal=None, save=personal.save, backend=settings.backend)  # type: ignore[arg-type]
     else:
-        model.set_experts_implementation(settings.experts)
+        model.set_experts_implementation(settings.experts_implementation)
     shared = config.shared
     with torch_seed(config.run.seed, "shared"):
         add_lora(model, shared.rank, shared.alpha, shared.dropout, list(shared.targets) or None)
@@ -181,5 +191,5 @@ def prepare_model(model: Any, config: Config, strategy: Strategy) -> dict[str, i
     return {
         "shared": sum(t.numel() for t in shared_tensors(model).values()),
         "personal": sum(t.numel() for t in personal_tensors(model).values() if t.requires_grad),
-        "frozen": sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        "frozen": frozen_weights(model),
     }

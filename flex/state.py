@@ -24,9 +24,8 @@ def personal_tensors(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for module_name, module in model.named_modules():
         if isinstance(module, GraftedBlock) and module.personal is not None:
-            prefix = f"{module_name}.personal."
-            found.update((prefix + n, t) for n, t in module.personal.named_parameters())
-            found.update((prefix + n, t) for n, t in module.personal.named_buffers())
+            # The state dict has no buffers that are only kept at hand, such as a decoded frozen expert.
+            found |= module.personal.state_dict(prefix=f"{module_name}.personal.", keep_vars=True)
     local: frozenset[str] = getattr(model, LOCAL_NAMES, frozenset())
     found.update((n, t) for n, t in lora_tensors(model).items() if n in local)
     return {n.replace("_orig_mod.", ""): t for n, t in found.items()}
@@ -161,7 +160,7 @@ def check_experts_exist(model: nn.Module, state: Mapping[str, Tensor], what: str
     for name, block in grafted_blocks(model).items():
         if isinstance(block.personal, PersonalCopy | PersonalLoRA):
             key = f"{name}.personal.expert"
-            count = block.adapter.experts(block).gate_up.shape[0]
+            count = block.adapter.experts(block).count
             if not 0 <= int(state[key]) < count:
                 raise ValueError(
                     f"{what}: {key} is {int(state[key])}, the layer has experts 0 to {count - 1}"

@@ -10,6 +10,7 @@ Codes keep the weight's own layout, so that forward and backward read the same o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,8 +27,8 @@ NF4_LEVELS = (
     *(-1.0, -0.6953125, -0.5234375, -0.39453125, -0.28515625, -0.1845703125, -0.0908203125, 0.0),
     *(0.07958984375, 0.1611328125, 0.24609375, 0.337890625, 0.44140625, 0.5625, 0.72265625, 1.0),
 )
-# Weights that are quantised at a time: bounds the float32 copies made on the way.
-CHUNK = 1 << 22
+# Weights that are quantised at a time: bounds the float32 copies made on the way, which then stay in cache.
+CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,10 @@ def quantize(weight: Tensor, kind: Kind) -> Quantized:
             f"{list(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
         )
         raise TypeError(f"weight must be a float tensor [..., R, C], got {given}")
-    *outer, columns = weight.shape
-    width = columns if kind == "int8" else -(-columns // 2)
-    dtype = torch.int8 if kind == "int8" else torch.uint8
-    groups = () if kind == "int8" else (-(-columns // GROUP_COLUMNS),)
-    codes = torch.empty(*outer, width, dtype=dtype, device=weight.device)
-    scales = torch.empty(*outer, *groups, dtype=torch.bfloat16, device=weight.device)
+    quantized = empty(weight.shape, kind, weight.device)
+    codes, scales, columns = quantized.codes, quantized.scales, quantized.columns
     weight_RC = weight.detach().reshape(-1, columns)
-    codes_R, scales_R = codes.view(-1, width), scales.view(-1, *groups)
+    codes_R, scales_R = codes.view(-1, codes.shape[-1]), scales.view(-1, *scales.shape[weight.ndim - 1 :])
     step = max(1, CHUNK // max(1, columns))
     encode = encode_int8 if kind == "int8" else encode_nf4
     for start in range(0, weight_RC.shape[0], step):
@@ -109,7 +106,20 @@ def quantize(weight: Tensor, kind: Kind) -> Quantized:
                 f"weight {list(weight.shape)} holds values that are not finite: nothing to round to"
             )
         codes_R[rows], scales_R[rows] = encode(piece_RC)
-    return Quantized(codes, scales, columns)
+    return quantized
+
+
+def empty(shape: Sequence[int], kind: Kind, device: torch.device | str = "cpu") -> Quantized:
+    """Weights [..., R, C] whose codes and scales have yet to be written."""
+    *outer, columns = shape
+    width = columns if kind == "int8" else -(-columns // 2)
+    groups = () if kind == "int8" else (-(-columns // GROUP_COLUMNS),)
+    dtype = torch.int8 if kind == "int8" else torch.uint8
+    return Quantized(
+        torch.empty(*outer, width, dtype=dtype, device=device),
+        torch.empty(*outer, *groups, dtype=torch.bfloat16, device=device),
+        columns,
+    )
 
 
 def encode_int8(weight_RC: Tensor) -> tuple[Tensor, Tensor]:

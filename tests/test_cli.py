@@ -194,10 +194,10 @@ def test_graft_prints_the_choice_and_saves_what_can_be_loaded(place, capsys):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(place / "model", dtype="float32")
-    graft(model, experts=[0, 0])
+    graft(model, start=[0, 0])
     flex.load_personal(model, out / "personal.safetensors")
     chosen = [int(t) for name, t in flex.personal_state(model).items() if name.endswith(".expert")]
-    assert chosen == list(report["experts"].values())
+    assert chosen == list(report["start"].values())
 
 
 def test_graft_refuses_malformed_calibration_by_line(place, tmp_path, capsys):

@@ -20,7 +20,7 @@ ROWS = [Row(f"say {c}", c * 3) for c in "abcdefgh"]
 def grafted(dtype=torch.float32, **changes):
     torch.manual_seed(0)
     model = make_model().to(dtype)
-    flex.graft(model, experts=[1, 2], personal_dtype=torch.float32, backend="reference", **changes)
+    flex.graft(model, start=[1, 2], personal_dtype=torch.float32, backend="reference", **changes)
     flex.add_lora(model, rank=2)
     return model
 

@@ -90,7 +90,7 @@ def test_generation_is_measured_on_the_rows_asked_for():
 
 def test_gate_openings_are_reported_per_layer_when_gates_are_open():
     model = make_model()
-    flex.graft(model, experts=[0, 1], backend="reference")
+    flex.graft(model, start=[0, 1], backend="reference")
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.personal.gate_weight.zero_()

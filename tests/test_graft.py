@@ -29,7 +29,7 @@ def layers_of(architecture):
 
 def grafted(architecture, backend="reference", **options):
     model = tiny(architecture)
-    graft(model, experts=[1] * layers_of(architecture), backend=backend, **options)
+    graft(model, start=[1] * layers_of(architecture), backend=backend, **options)
     return model
 
 
@@ -99,7 +99,7 @@ def test_base_weights_keep_their_names_values_and_are_frozen(architecture, perso
     model = tiny(architecture)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     places = {n: t.data_ptr() for n, t in model.named_parameters()}
-    graft(model, personal=personal, experts=None if personal is None else [2] * layers_of(architecture))
+    graft(model, personal=personal, start=None if personal is None else [2] * layers_of(architecture))
     after = model.state_dict()
     assert all(torch.equal(after[n], t) for n, t in before.items())
     added = set(after) - set(before)
@@ -126,13 +126,13 @@ def test_in_bfloat16_grafting_loses_no_more_than_transformers_does(architecture,
 
 def test_a_personal_expert_begins_as_a_copy_gated_by_its_router_row():
     model = tiny("qwen2_moe")
-    report = graft(model, experts=[4, 2])
+    report = graft(model, start=[4, 2])
     for block, expert in zip(grafted_blocks(model).values(), (4, 2)):
         assert torch.equal(block.personal.gate_up, block.experts.gate_up_proj[expert])
         assert torch.equal(block.personal.down, block.experts.down_proj[expert])
         assert torch.equal(block.personal.gate_weight, block.gate.weight[expert])
         assert block.personal.gate_bias == 0 and int(block.personal.expert) == expert
-    assert report.experts == {"model.layers.0.mlp": 4, "model.layers.1.mlp": 2}
+    assert report.start == {"model.layers.0.mlp": 4, "model.layers.1.mlp": 2}
     assert report.trainable == 2 * (3 * 24 * 32 + 32 + 1)
     assert report.trainable + report.frozen == sum(p.numel() for p in model.parameters())
 
@@ -140,11 +140,11 @@ def test_a_personal_expert_begins_as_a_copy_gated_by_its_router_row():
 def test_calibration_decides_and_the_report_shows_the_errors():
     model = tiny("mixtral")
     report = graft(model, [padded(2, 9, s) for s in range(3)], backend="reference")
-    assert list(report.experts.values()) == report.selection.experts
+    assert list(report.start.values()) == report.selection.experts
     assert [int(b.personal.expert) for b in grafted_blocks(model).values()] == report.selection.experts
     assert report.to_dict()["selection"]["model.layers.0.mlp"]["expert"] == report.selection.experts[0]
     assert report.table() == report.selection.table()
-    assert graft(tiny("mixtral"), experts=[0, 5]).table()[1:] == [
+    assert graft(tiny("mixtral"), start=[0, 5]).table()[1:] == [
         ("model.layers.0.mlp", "0"),
         ("model.layers.1.mlp", "5"),
     ]
@@ -152,7 +152,7 @@ def test_calibration_decides_and_the_report_shows_the_errors():
 
 def test_personal_matrices_take_the_dtype_asked_for_and_gates_stay_float32():
     model = tiny("mixtral").bfloat16()
-    graft(model, experts=[0, 0], personal_dtype=torch.float32)
+    graft(model, start=[0, 0], personal_dtype=torch.float32)
     personal = grafted_blocks(model)["model.layers.0.mlp"].personal
     assert {n: p.dtype for n, p in personal.named_parameters()} == dict.fromkeys(
         ("gate_up", "down", "gate_weight", "gate_bias"), torch.float32
@@ -161,7 +161,7 @@ def test_personal_matrices_take_the_dtype_asked_for_and_gates_stay_float32():
     loss.backward()
     assert personal.gate_up.grad.dtype == torch.float32 and personal.gate_up.grad.abs().max() > 0
     plain = tiny("mixtral").bfloat16()
-    graft(plain, experts=[0, 0])
+    graft(plain, start=[0, 0])
     personal = grafted_blocks(plain)["model.layers.0.mlp"].personal
     assert personal.down.dtype == torch.bfloat16 and personal.gate_weight.dtype == torch.float32
 
@@ -202,7 +202,7 @@ def test_personalize_restarts_in_the_tensors_that_exist(personal):
     fresh = tiny("mixtral")
     graft(
         fresh,
-        experts=[5, 3],
+        start=[5, 3],
         personal=personal,
         backend="reference",
         generator=torch.Generator().manual_seed(9),
@@ -361,23 +361,23 @@ def test_shut_gates_open_again_even_after_an_error():
     ("options", "error", "message"),
     [
         ({}, ValueError, "give one of calibration.*got neither"),
-        ({"experts": [0, 0], "calibration": [tokens()]}, ValueError, "got both"),
+        ({"start": [0, 0], "calibration": [tokens()]}, ValueError, "got both"),
         (
-            {"experts": [0, 0], "personal": None},
+            {"start": [0, 0], "personal": None},
             ValueError,
-            "personal=None makes no personal experts, so experts",
+            "personal=None makes no personal experts, so start",
         ),
-        ({"experts": [0]}, ValueError, "experts has 1 indices, the model has 2 MoE layers"),
-        ({"experts": [0, 6]}, ValueError, "6 is not an expert of layer model.layers.1.mlp, which has 0 to 5"),
-        ({"experts": [0, -1]}, ValueError, "-1 is not an expert"),
-        ({"experts": [0, True]}, ValueError, "True is not an expert"),
-        ({"experts": 3}, TypeError, "a list of 2 indices, got int"),
-        ({"experts": [0, 0], "mix": "sum"}, ValueError, "mix='sum' is not one of 'add', 'convex'"),
-        ({"experts": [0, 0], "save": "all"}, ValueError, "save='all'"),
-        ({"experts": [0, 0], "personal": "half"}, ValueError, "personal='half' is not one of 'full', 'lora'"),
-        ({"experts": [0, 0], "rank": 0}, ValueError, "rank=0"),
-        ({"experts": [0, 0], "backend": "tpu"}, ValueError, "backend='tpu'"),
-        ({"experts": [0, 0], "personal_dtype": torch.int8}, TypeError, "personal_dtype=torch.int8"),
+        ({"start": [0]}, ValueError, "start has 1 indices, the model has 2 MoE layers"),
+        ({"start": [0, 6]}, ValueError, "6 is not an expert of layer model.layers.1.mlp, which has 0 to 5"),
+        ({"start": [0, -1]}, ValueError, "-1 is not an expert"),
+        ({"start": [0, True]}, ValueError, "True is not an expert"),
+        ({"start": 3}, TypeError, "a list of 2 indices, got int"),
+        ({"start": [0, 0], "mix": "sum"}, ValueError, "mix='sum' is not one of 'add', 'convex'"),
+        ({"start": [0, 0], "save": "all"}, ValueError, "save='all'"),
+        ({"start": [0, 0], "personal": "half"}, ValueError, "personal='half' is not one of 'full', 'lora'"),
+        ({"start": [0, 0], "rank": 0}, ValueError, "rank=0"),
+        ({"start": [0, 0], "backend": "tpu"}, ValueError, "backend='tpu'"),
+        ({"start": [0, 0], "personal_dtype": torch.int8}, TypeError, "personal_dtype=torch.int8"),
         ({"calibration": []}, ValueError, "holds no batch"),
         ({"calibration": [{"ids": tokens()}]}, ValueError, "batch 0 must have input_ids"),
     ],
@@ -401,7 +401,7 @@ def test_calibration_through_broken_weights_names_the_layer_and_changes_nothing(
 def test_grafting_twice_points_to_personalize():
     model = grafted("mixtral")
     with pytest.raises(ValueError, match=r"already grafted: flex.personalize"):
-        graft(model, experts=[0, 0])
+        graft(model, start=[0, 0])
 
 
 def test_personalize_needs_personal_experts_and_a_selection_of_the_same_layers():
@@ -418,7 +418,7 @@ def test_personalize_needs_personal_experts_and_a_selection_of_the_same_layers()
 
 def test_a_model_without_experts_is_refused():
     with pytest.raises(Unsupported, match="Linear has no MoE block"):
-        graft(nn.Linear(3, 3), experts=[0])
+        graft(nn.Linear(3, 3), start=[0])
 
 
 def test_the_seed_of_a_low_rank_start_does_not_depend_on_dtype():

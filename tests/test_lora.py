@@ -30,7 +30,7 @@ def test_attention_is_adapted_before_or_after_grafting(architecture, first):
         before = model(tokens()).logits
 
     def do_graft():
-        graft(model, experts=[0] * layers, backend="reference")
+        graft(model, start=[0] * layers, backend="reference")
 
     if first == "graft":
         do_graft()
@@ -51,7 +51,7 @@ def test_attention_is_adapted_before_or_after_grafting(architecture, first):
 
 def test_adapters_of_a_bfloat16_model_are_float32():
     model = tiny("mixtral").bfloat16()
-    graft(model, experts=[0, 0], personal_dtype=torch.float32)
+    graft(model, start=[0, 0], personal_dtype=torch.float32)
     add_lora(model, rank=2)
     assert {p.dtype for n, p in model.named_parameters() if ".lora_" in n} == {torch.float32}
     out = model(tokens(), labels=tokens())
@@ -81,7 +81,7 @@ def test_chosen_targets_only():
 
 def test_pefts_own_wrapper_works_on_a_grafted_model():
     model = tiny("mixtral")
-    graft(model, experts=[2, 2], backend="reference")
+    graft(model, start=[2, 2], backend="reference")
     with torch.no_grad():
         before = model(tokens()).logits
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))

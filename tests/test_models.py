@@ -176,9 +176,9 @@ def test_lora_on_expert_tensors_is_an_error_and_not_ignored(when):
     if when == "before":
         get_peft_model(model, config)
         with pytest.raises(Unsupported, match=r"layers.0.mlp: ParamWrapper has no .* parameter gate_up_proj"):
-            graft(model, experts=[0, 0])
+            graft(model, start=[0, 0])
     else:
-        graft(model, experts=[0, 0])
+        graft(model, start=[0, 0])
         wrapped = get_peft_model(model, config)
         with pytest.raises(Unsupported, match="experts is a ParamWrapper without gate_up_proj"):
             wrapped(torch.ones(1, 2, dtype=torch.long))

@@ -127,7 +127,7 @@ def test_a_batch_longer_than_a_chunk_is_one_batch():
 def test_a_grafted_model_is_judged_with_its_gates_shut():
     model, batches = tiny("mixtral"), [padded()]
     before = select_experts(model, batches, backend="reference")
-    graft(model, experts=[0, 0], backend="reference")
+    graft(model, start=[0, 0], backend="reference")
     assert_same(select_experts(model, batches), before)
 
 

@@ -25,7 +25,7 @@ PARTS = ("down", "expert", "gate_bias", "gate_up", "gate_weight")
 def client(personal="full", experts=(1, 3), seed=0):
     model = tiny("mixtral")
     torch.manual_seed(seed)
-    graft(model, experts=list(experts), backend="reference", personal=personal)
+    graft(model, start=list(experts), backend="reference", personal=personal)
     add_lora(model, rank=2)
     with torch.no_grad():
         for p in model.parameters():

@@ -73,7 +73,7 @@ def prepared(name: str):
     model = make_model()
     strategy = STRATEGIES[name]()
     flex.graft(
-        model, experts=[0, 1] if strategy.personal else None, personal="full" if strategy.personal else None
+        model, start=[0, 1] if strategy.personal else None, personal="full" if strategy.personal else None
     )
     flex.add_lora(model, rank=2)
     return strategy, model

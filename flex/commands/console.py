@@ -63,6 +63,12 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", "-q", action="store_true", help="no progress, only the result")
 
 
+def add_experts(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--experts", choices=("int8", "nf4"), help=f"quantise the frozen routed experts {what} to 8 or 4 bits"
+    )
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:

@@ -12,7 +12,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from flex.commands.console import Interrupted, add_quiet, positive, print_table
+from flex.commands.console import Interrupted, add_experts, add_quiet, positive, print_table
 
 HELP = "train local, fedavg and flex on a real model and compare them (start here)"
 
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="demo", help="a Hugging Face id or folder (default: the demo model)"
     )
+    add_experts(parser, "of all runs")
     parser.add_argument(
         "--data", type=Path, metavar="FILE", help="your JSON lines: instruction, output[, client, category]"
     )
@@ -59,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.quick,
         arguments.seed,
         arguments.threads,
+        arguments.experts or "",
     )
 
     def say(text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from flex.commands.console import positive
+from flex.commands.console import add_experts, positive
 
 HELP = "answer a prompt with a client's model"
 
@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare", action="store_true", help="also answer with the gates shut, without the personal experts"
     )
+    add_experts(parser, "of a model (a run has model.experts)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N")
     parser.add_argument(
         "--temperature",
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     from flex.generate import open_writer
 
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    writer = open_writer(arguments.source, arguments.client)
+    writer = open_writer(arguments.source, arguments.client, arguments.experts or "")
     if arguments.compare and not writer.personal:
         raise ValueError(f"--compare: {arguments.source} has no personal experts to leave out")
     for shut in (False, True) if arguments.compare else (False,):

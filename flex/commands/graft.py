@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from flex.commands.console import positive, print_table
+from flex.commands.console import add_experts, positive, print_table
 
 HELP = "choose a model's personal experts on calibration data"
 
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--personal", choices=("full", "lora"), default="full")
     parser.add_argument("--rank", type=positive, default=16, help="of --personal lora")
     parser.add_argument("--mix", choices=("add", "convex"), default="add")
+    add_experts(parser, "while the model is loaded")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--backend", default="auto", help="of the fused layer (default auto)")
 
@@ -51,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     from flex.files import atomic_write
     from flex.session import load_model
 
-    model, tokenizer = load_model(replace(Config(), model=Model(path=arguments.model, dtype=arguments.dtype)))
+    settings = Model(path=arguments.model, dtype=arguments.dtype, experts=arguments.experts or "")
+    model, tokenizer = load_model(replace(Config(), model=settings))
     device = next(model.parameters()).device
     report = flex.graft(
         model,
@@ -68,10 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     flex.save_personal(model, arguments.out / "personal.safetensors")
     with atomic_write(arguments.out / "graft.json") as temporary:
-        settings = {"model": arguments.model, "calibration": str(arguments.calibration), "rows": len(rows)}
-        temporary.write_text(json.dumps(settings | report.to_dict(), indent=1), encoding="utf-8")
+        asked = {"model": arguments.model, "calibration": str(arguments.calibration), "rows": len(rows)}
+        temporary.write_text(json.dumps(asked | report.to_dict(), indent=1), encoding="utf-8")
     headings, *lines = report.table()
     print_table(f"{arguments.model}: experts chosen on {len(rows)} rows", headings, lines)
     print(f"{report.trainable:,} parameters to train, {report.frozen:,} frozen")
+    held = f"in {report.experts}" if report.experts else f"in {arguments.dtype}"
+    print(f"routed experts {held}: {report.expert_bytes / 2**20:,.1f} MiB")
     print(arguments.out / "personal.safetensors")
     return 0

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flex_kernels import Experts, Routed, Router, Shared
 from flex_kernels.checkpoint import keep_ids
+from flex_kernels.modules import record_of
 
 
 class Unsupported(ValueError):
@@ -29,7 +30,8 @@ def is_silu(activation: Any) -> bool:
 
 
 def check_experts(module: nn.Module) -> None:
-    """Raise :class:`Unsupported` unless ``module`` holds gated SiLU experts, [E, 2I, H] and [E, H, I].
+    """Raise :class:`Unsupported` unless ``module`` holds gated SiLU experts, [E, 2I, H] and [E, H, I],
+    plain or quantised.
 
     The attributes are those that transformers' ``use_experts_implementation`` sets; absent ones mean the
     plain layout.
@@ -37,7 +39,9 @@ def check_experts(module: nn.Module) -> None:
     name = type(module).__name__
     # An ungated stack has up_proj in place of gate_up_proj; has_gate says so better.
     for weight in ("gate_up_proj", "down_proj") if getattr(module, "has_gate", True) else ():
-        if getattr(getattr(module, weight, None), "ndim", None) != 3:
+        held = getattr(module, weight, None)
+        # A quantised weight is a module that holds the tensors.
+        if held is None or len(getattr(record_of(held), "shape", ())) != 3:
             raise Unsupported(f"{name} has no 3-dimensional parameter {weight}")
     for flag, wanted, complaint in (
         ("has_bias", False, "expert biases"),
@@ -144,9 +148,10 @@ class Adapter:
         return Routed(ids_TK, weights_at(logits_TE, ids_TK, router))
 
     def experts(self, block: nn.Module) -> Experts:
+        """The routed experts as the layer takes them, plain or quantised; nothing is copied."""
         module: Any = block.experts
         try:
-            return Experts(module.gate_up_proj, module.down_proj)
+            return Experts(record_of(module.gate_up_proj), record_of(module.down_proj))
         except AttributeError as error:
             raise Unsupported(
                 f"experts is a {type(module).__name__} without gate_up_proj and down_proj: the fused layer "

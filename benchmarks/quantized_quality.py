@@ -1,0 +1,184 @@
+"""What 8 and 4 bits cost in quality: the layers' outputs, the demo model's perplexity, and a federation.
+
+    python -m benchmarks.quantized_quality --out benchmarks/results/quantized_quality.json
+    python -m benchmarks.quantized_quality --rounds 1 --out x.json
+
+Layers: the relative error of each layer's routed sum on held-out text,
+|| MoE_q(x) - MoE(x) ||_F / || MoE(x) ||_F, in float32, for the inputs that the model in bfloat16 gives the
+layer and for the same routing: what rounding alone does there. Perplexity: on the held-out texts of the demo
+model's conversion, in bfloat16, every model on the same kernels.
+Federation: FLEx as the demo runs it, the mean held-out loss of an answer token before and after.
+
+Numbers, not times: they do not depend on what else the machine does. The file is written after every part,
+and parts that it holds already are kept; a federation that was stopped goes on from its last finished round.
+
+Letters: T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import machine
+from flex.config import Config
+from flex.files import atomic_write
+from flex.quantized import expert_bytes
+from flex_kernels.quantize import KINDS, Kind
+
+PRECISIONS: tuple[Kind | None, ...] = (None, *KINDS)
+DTYPE = torch.bfloat16
+
+
+def name_of(experts: Kind | None) -> str:
+    return experts or "bfloat16"
+
+
+@torch.no_grad()
+def layer_errors(model: Any, ids_BL: Tensor) -> dict[str, dict[str, float]]:
+    """kind -> layer -> relative error of the routed sum on ``ids_BL``; ``model`` has plain experts."""
+    from flex.models import find_blocks
+    from flex.watch import body_of, watch_inputs
+    from flex_kernels import Experts, flex_moe
+
+    errors: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
+    blocks = find_blocks(model)
+
+    def see(layer: str, x_TH: Tensor) -> None:
+        block, adapter = blocks[layer]
+        plain, router = adapter.experts(block), adapter.route(block, x_TH)
+        x_TH = x_TH.float()
+        exact = Experts(plain.gate_up.float(), plain.down.float())
+        y_TH = flex_moe(x_TH, router, exact)
+        for kind in KINDS:
+            rounded = Experts.quantize(exact.gate_up, exact.down, kind)
+            miss_TH = flex_moe(x_TH, router, rounded) - y_TH
+            errors[kind][layer] = float(miss_TH.norm() / y_TH.norm())
+
+    with watch_inputs(model, {name: block for name, (block, _) in blocks.items()}, see):
+        body_of(model)(input_ids=ids_BL, use_cache=False)
+    return errors
+
+
+def perplexities(path: str, experts: Kind | None, texts: Mapping[str, Tensor]) -> dict[str, Any]:
+    """``perplexity`` of each text, and ``expert_bytes`` that the routed experts hold."""
+    import flex
+    from flex.block import moe_blocks
+    from flex.moefication.measure import perplexity
+
+    model = flex.load(path, experts, DTYPE)
+    model.set_experts_implementation("flex_kernels")
+    return {
+        "perplexity": {kind: perplexity(model, ids, skip=1, rows=2) for kind, ids in texts.items()},
+        "expert_bytes": expert_bytes(adapter.experts(block) for block, adapter in moe_blocks(model).values()),
+    }
+
+
+def federation(config: Config) -> dict[str, Any]:
+    """client -> mean held-out loss of an answer token, before the first round and after the last.
+
+    A run that its folder holds already is continued.
+    """
+    import flex
+    from flex.report.reader import read_runs
+
+    folder = Path(config.run.folder)
+    result = flex.run(config, resume=folder if (folder / "config.toml").is_file() else None)
+    (run,) = read_runs([Path(result.folder)])
+    losses = {
+        client: {int(number): float(loss) for number, loss in by_round.items()}
+        for client, by_round in run.loss.items()
+    }
+    last = config.federation.rounds
+    return {
+        "rounds": last,
+        "before": {client: by_round[0] for client, by_round in losses.items()},
+        "after": {client: by_round[last] for client, by_round in losses.items()},
+    }
+
+
+def federation_config(path: str, experts: Kind | None, folder: Path, rounds: int, threads: int) -> Config:
+    """The demo's FLEx run without generated answers."""
+    from flex.demo import DemoSettings, demo_config
+
+    settings = DemoSettings(folder, path, rounds=rounds, threads=threads, experts=experts or "")
+    config = demo_config(settings, "flex")
+    return replace(
+        config,
+        evaluation=replace(config.evaluation, before=True, generate=False, every=0),
+        run=replace(config.run, folder=str(folder / name_of(experts))),
+    )
+
+
+def measure(
+    path: str, out: Path, texts: Mapping[str, Tensor], configs: Mapping[str, Config], threads: int
+) -> None:
+    """Every part that ``out`` does not hold yet, written as soon as it is known.
+
+    Args:
+        path: the model's folder.
+        texts: kind of text -> ids_BL.
+        configs: precision -> the federation to run.
+    """
+    import flex
+
+    torch.set_num_threads(threads)
+    content: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
+    content["machine"] = machine()
+    content["model"] = Path(path).name
+    content["held_out_tokens"] = {kind: ids.numel() for kind, ids in texts.items()}
+
+    def add(section: str, key: str, make: Any) -> None:
+        if key not in content.setdefault(section, {}):
+            content[section][key] = make()
+            with atomic_write(out) as temporary:
+                temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            print(f"{section}, {key}: written", flush=True)
+
+    model = flex.load(path, dtype=DTYPE)
+    for kind, ids_BL in texts.items():
+        add("layer_error", kind, partial(layer_errors, model, ids_BL[:1]))
+    del model
+    for experts in PRECISIONS:
+        add("models", name_of(experts), partial(perplexities, path, experts, texts))
+    for name, config in configs.items():
+        add("federation", name, partial(federation, config))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantized_quality.json"))
+    parser.add_argument("--rounds", type=int, default=3, help="of the federation")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/quantized_quality"), help="folder of the federation's runs"
+    )
+    arguments = parser.parse_args()
+    from transformers import AutoTokenizer
+
+    from flex.moefication import demo_model
+    from flex.moefication.report import held_out_ids
+
+    path = str(demo_model())
+    configs = {
+        name_of(experts): federation_config(
+            path, experts, arguments.runs, arguments.rounds, arguments.threads
+        )
+        for experts in PRECISIONS
+    }
+    texts = held_out_ids(AutoTokenizer.from_pretrained(path), None)
+    measure(path, arguments.out, texts, configs, arguments.threads)
+
+
+if __name__ == "__main__":
+    main()

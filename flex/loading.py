@@ -1,0 +1,215 @@
+"""Models with quantised routed experts: loaded piece by piece from any checkpoint, saved, loaded again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import secrets
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from flex.block import moe_blocks
+from flex.files import flush_to_disk, save_tensors
+from flex.hf_quantizer import METHOD, ExpertsConfig, Unfit
+from flex.models import Unsupported
+from flex.quantized import check_kind, kind_of
+from flex.shards import INDEX, first_few, open_shards, shard_files
+from flex_kernels.quantize import KINDS, Kind
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LARGEST_SHARD = "5GB"
+
+
+def load(
+    path: str | os.PathLike,
+    experts: Kind | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+) -> Any:
+    """A causal language model whose routed experts are held in 8 or 4 bits; the whole never has to fit.
+
+    The checkpoint is read tensor by tensor: the experts' weights of one layer are put together in ``dtype``,
+    quantised and let go before the next ones. The model is the one that ``from_pretrained`` in the same
+    ``dtype`` and ``flex.graft(..., experts=experts)`` make, bit for bit; its layers run on the fused layer,
+    and :func:`flex.graft` takes it as it is.
+
+    Args:
+        path: a folder or a Hugging Face id, in the Hub's layout (a tensor an expert) or in that of
+            transformers 5 (a tensor a layer); or a folder that :func:`save` wrote, whose codes are read as
+            they are.
+        experts: "int8" or "nf4"; None takes the checkpoint as it is, quantised by :func:`save` or plain (then
+            this is ``AutoModelForCausalLM.from_pretrained``).
+        dtype: of everything else; None keeps the checkpoint's.
+        attn_implementation, revision: as for ``from_pretrained``.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        Unsupported: an architecture whose experts the fused layer does not know.
+        FileNotFoundError, ValueError, OSError: no such checkpoint; a shard that is missing, truncated or not
+            the one that the index describes (named); tensors that are missing or have another shape; a
+            checkpoint whose experts are quantised otherwise.
+    """
+    check_kind(experts)
+    path = os.fspath(path)
+    config = AutoConfig.from_pretrained(path, revision=revision)
+    stored = stored_kind(config)
+    if experts is not None and stored not in (None, experts):
+        raise ValueError(
+            f"experts={experts!r}: {path} is quantised already, with {stored!r}; load the original"
+        )
+    options: dict[str, Any] = (
+        {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    )
+    if experts is None and stored not in KINDS:
+        plain = dict(revision=revision, dtype=dtype or "auto")
+        return AutoModelForCausalLM.from_pretrained(path, **plain, **options)
+    if stored is None:
+        options["quantization_config"] = ExpertsConfig(experts)  # type: ignore[arg-type]
+    with open_shards(shard_files(path, revision)) as tensors:
+        model = load_tensors_into_model(path, config, tensors, dtype, options)
+    model.config.name_or_path = model.name_or_path = path
+    # Without a file the model keeps the one that its configuration implies.
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
+    return model
+
+
+def load_tensors_into_model(
+    path: str, config: PreTrainedConfig, tensors: dict[str, Any], dtype: torch.dtype | None, options: Any
+) -> Any:
+    """transformers' own loading, from slices that are read when their turn comes.
+
+    Args:
+        path: for messages.
+        tensors: name -> something that gives its tensor when indexed with ``...``.
+        options: of ``from_pretrained``; ``quantization_config`` unless the configuration has one.
+
+    Raises:
+        Unsupported, ValueError: as :func:`load`.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise Unsupported(
+            f"{path}: {type(config).__name__} is not the configuration of a causal language model"
+        )
+    dtype = dtype or getattr(config, "dtype", None) or first_float(tensors)
+    # Nothing is left to initialise, but what transformers draws for a missing tensor must not move a seed.
+    try:
+        with torch.random.fork_rng():
+            model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            model, found = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype,
+                experts_implementation=METHOD,
+                output_loading_info=True,
+                **options,
+            )
+    except Unfit as error:
+        raise ValueError(f"{path}: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its tensors do not fit {type(config).__name__}: {error}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"{path} lacks tensors of {type(model).__name__}: {first_few(missing)}")
+    return model
+
+
+def stored_kind(config: PreTrainedConfig) -> str | None:
+    """How :func:`save` left a checkpoint's experts, or the name of another way of quantising; None: plain."""
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return None
+    settings = given if isinstance(given, dict) else given.to_dict()
+    method = settings.get("quant_method")
+    return settings.get("experts") if method == METHOD else str(method)
+
+
+def first_float(tensors: dict[str, Any]) -> torch.dtype:
+    """The dtype of the first float tensor of a checkpoint, where its configuration names none."""
+    return next((FLOATS[t.get_dtype()] for t in tensors.values() if t.get_dtype() in FLOATS), torch.float32)
+
+
+def save(model: PreTrainedModel, folder: str | os.PathLike, tokenizer: Any = None) -> None:
+    """Write a model with quantised experts, codes and scales as they are, for :func:`load`.
+
+    Of a grafted model the pretrained part is written: personal experts, gates and LoRA have files of their
+    own (:func:`flex.save_personal`, :func:`flex.shared_state`). The folder appears complete or not at all.
+
+    Args:
+        folder: must not exist, or be empty.
+        tokenizer: saved beside the model, where one is given.
+
+    Raises:
+        ValueError: the experts are not quantised.
+        FileExistsError: ``folder`` holds something.
+        OSError: the disk is full or not writable.
+    """
+    kind = kind_of(adapter.experts(block) for block, adapter in moe_blocks(model).values())
+    if kind is None:
+        raise ValueError(
+            f"the routed experts of {type(model).__name__} are not quantised: use save_pretrained"
+        )
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not an empty folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        save_weights(pretrained_tensors(model), temporary)
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.dtype = model.dtype
+        config.quantization_config = ExpertsConfig(kind).to_dict()
+        config.save_pretrained(temporary)
+        if model.can_generate():
+            model.generation_config.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        for file in temporary.iterdir():
+            flush_to_disk(file)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    flush_to_disk(target.parent)
+
+
+def pretrained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state under the names that it had before LoRA and grafting; a tied tensor once."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    found = {}
+    for name, t in model.state_dict().items():
+        parts = name.split(".")
+        added = "personal" in parts or any(part.startswith("lora_") for part in parts)
+        if not added and name not in tied:
+            found[".".join(p for p in parts if p not in ("base_layer", "_orig_mod"))] = t
+    return found
+
+
+def save_weights(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Safetensors shards, and their index where there are several."""
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=LARGEST_SHARD)
+    for file, names in plan.filename_to_tensors.items():
+        save_tensors(folder / file, {name: tensors[name] for name in names}, {"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
