@@ -204,7 +204,7 @@ def test_batches_cover_every_row_once_within_the_budget():
     for group in groups:
         rows = [r for b in work for s in b if s.group is group for r in range(s.start, s.end)]
         assert rows == list(range(group.tokens_n.shape[0]))
-    total = sum(g.tokens_n.shape[0] * g.down_HI.shape[1] for g in groups)
+    total = sum(g.tokens_n.shape[0] * fused.room(g.down_HI.shape[1]) for g in groups)
     assert fused.widest_batch(work) <= max(total // fused.PARTS, fused.FEWEST_ROWS * 64)
     for batch in work:
         assert [s.at for s in batch] == [sum(p.elements for p in batch[:i]) for i in range(len(batch))]
