@@ -43,7 +43,8 @@ bool has_avx512() {
   return (b & needed) == needed && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBF16);
 }
 
-#if defined(FLEX_TILES_EMULATED)
+// The tests define this to run the AMX kernels where the unit is emulated.
+#if defined(FLEX_TILES_ASSUMED)
 bool has_amx() { return has_avx512(); }
 #else
 // Linux gives a process the 8 KB of tile state only when asked; the first tile instruction is SIGILL otherwise. The
