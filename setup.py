@@ -8,7 +8,7 @@ version and the CUDA part compiles beside a torch without CUDA. A file ``name.av
 ``name.avx512.cpp`` or ``name.amx.cpp`` is compiled with that instruction set (x86-64 only) and chosen at run
 time.
 
-Build settings (environment): FLEX_KERNELS_CUDA=auto|0|1, CXX, CXXFLAGS, NVCC,
+Build settings (environment): FLEX_KERNELS_CUDA=auto|0|1, CXX, CXXFLAGS, LDFLAGS, NVCC,
 FLEX_KERNELS_SANITIZE=address|undefined|thread.
 """
 
@@ -102,7 +102,8 @@ class NinjaBuild(build_ext):
             "  deps = gcc",
             "  description = CUDA $in",
             "rule link",
-            f"  command = $cxx {link} {f'-fsanitize={sanitize}' if sanitize else ''} $in -o $out",
+            f"  command = $cxx {link} {f'-fsanitize={sanitize}' if sanitize else ''} $in"
+            f" {os.environ.get('LDFLAGS', '')} -o $out",
             "  description = link $out",
             "rule linkcuda",
             "  command = $nvcc -shared -cudart static $in -o $out",

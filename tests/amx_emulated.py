@@ -1,6 +1,6 @@
-"""A pytest plugin (``-p amx_emulated``) that puts another build of ``flex_kernels._cpu_ops`` in the place of the
-installed one, from the path in ``FLEX_TEST_CPU_OPS``. With ``FLEX_TEST_TRAP``, the path of trapped_tiles.cpp's
-library, its tile instructions are done by a signal handler.
+"""A pytest plugin (``-p amx_emulated``) that puts another build of ``flex_kernels._cpu_ops`` in the place of
+the installed one, from the path in ``FLEX_TEST_CPU_OPS``. With ``FLEX_TEST_TRAP``, the path of
+trapped_tiles.cpp's library, its tile instructions are done by a signal handler.
 """
 
 import ctypes

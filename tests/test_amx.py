@@ -1,5 +1,5 @@
-"""The AMX kernels without an AMX processor: a build whose tiles are plain C++, the compiled instructions done one by
-one in a signal handler, and what the shipped binary holds.
+"""The AMX kernels without an AMX processor: a build whose tiles are plain C++, the compiled instructions done
+one by one in a signal handler, and what the shipped binary holds.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ needs_avx512 = pytest.mark.skipif(
 
 
 def build(folder: Path) -> None:
-    """``emulated.so`` and ``trapped.so``, alike but for the file with the tiles, and the library of the trap."""
+    """``emulated.so`` and ``trapped.so``, alike but for the file with the tiles, and the trap's library."""
     flags = f"-DFLEX_TILES_ASSUMED -DFLEX_TILES_EMULATED '-I{EMULATION}'"
     environment = {**os.environ, "CXXFLAGS": flags, "FLEX_KERNELS_CUDA": "0"}
     temporary = folder / "temporary"

@@ -4,6 +4,7 @@ Letters: T tokens, H hidden, E experts, K chosen, I expert width.
 """
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -169,6 +170,16 @@ def test_results_do_not_depend_on_the_number_of_threads(isa, dtype, T, I):
         ops.kernels.set_isa("auto")
     assert all(torch.equal(one[name], three[name]) for name in ("y", "x"))
     assert torch.equal(one["personal.gate_weight"], three["personal.gate_weight"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_several_python_threads_may_call_at_once(engine, dtype):
+    cases = [make_case(T=40, H=70, E=3, K=2, I=45, dtype=dtype, seed=seed) for seed in range(4)]
+    alone = [run(case.to(dtype), "x", "router.weight") for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda case: run(case.to(dtype), "x", "router.weight"), cases * 3))
+    for i, found in enumerate(together):
+        assert all(torch.equal(found[name], alone[i % 4][name]) for name in found)
 
 
 def test_weights_that_are_not_row_contiguous_are_still_right():

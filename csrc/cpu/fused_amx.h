@@ -72,8 +72,8 @@ inline void gate_and_up_tiles(const Segment& s, int64_t column, int64_t end, con
   across(strip, more ? &next : nullptr, 0, hidden, x, sums, weight);
 }
 
-// Columns [column, column + 16) of silu(gate) * up as B's tiles; zeros beyond the last column. For an odd multiple of
-// sixteen columns, also the zeros of the sixteen that fill the step.
+// Columns [column, column + 16) of silu(gate) * up as B's tiles; sums beyond the last column are zeros. For an odd
+// multiple of sixteen columns, also the zeros of the sixteen that fill the step.
 inline void write_hidden(const float* sums, const TileRows& a, int64_t pair, int tile, int64_t column, int64_t width) {
   const TileRun run = a.run(pair, tile, column / kTileStep);
   char* to = const_cast<char*>(run.at) + column % kTileStep / 2 * run.stride;
@@ -81,7 +81,6 @@ inline void write_hidden(const float* sums, const TileRows& a, int64_t pair, int
   const float* gate = sums + tile * kTileSums;
   const float* up = gate + 2 * kTileSums;
   const auto value = [&](int64_t c) {
-    if (column + c >= width) return _mm512_setzero_si512();
     const V g = Float32::load(gate + c * W), u = Float32::load(up + c * W);
     return _mm512_cvtepu16_epi32(BFloat16::narrow(mul(mul(g, sigmoid(g)), u)));
   };

@@ -94,32 +94,49 @@ class Ahead {
  public:
   // All of both regions over `calls` calls of fetch().
   Ahead(const TileRegion& a, const TileRegion& b, int64_t calls) : regions_{a, b} {
-    const int64_t lines = a.rows * pieces(a.columns, kLine) + b.rows * pieces(b.columns, kLine);
-    quota_ = calls ? pieces(lines, calls) : 0;
-    skip_empty();
+    for (const TileRegion& r : regions_) left_ += lines(r);
+    quota_ = pieces(left_, calls);
+    enter(0);
   }
+  Ahead() = default;
 
   void fetch() {
-    for (int64_t i = 0; i < quota_ && now_ < 2; ++i) {
-      const TileRegion& r = regions_[now_];
-      __builtin_prefetch(r.base + row_ * r.ld + column_, 0, 2);
-      column_ += kLine;
-      if (column_ < r.columns) continue;
-      column_ = 0;
-      if (++row_ < r.rows) continue;
-      row_ = 0;
-      ++now_;
-      skip_empty();
+    int64_t n = smaller(quota_, left_);
+    for (left_ -= n; n > 0;) {
+      const int64_t run = smaller(n, in_row_);
+      const char* at = at_;
+      for (int64_t i = 0; i < run; ++i) __builtin_prefetch(at + i * kLine, 0, 2);
+      at_ = at + run * kLine;
+      n -= run;
+      in_row_ -= run;
+      if (in_row_ == 0) next_row();
     }
   }
 
  private:
-  static constexpr int64_t kLine = 32;
-  void skip_empty() {
-    while (now_ < 2 && (regions_[now_].rows <= 0 || regions_[now_].columns <= 0)) ++now_;
+  static constexpr int64_t kLine = 64;  // bytes
+  static int64_t in_row(const TileRegion& r) { return pieces(2 * r.columns, kLine); }
+  static int64_t lines(const TileRegion& r) { return r.rows > 0 && r.columns > 0 ? r.rows * in_row(r) : 0; }
+
+  void enter(int region) {
+    while (region < 2 && lines(regions_[region]) == 0) ++region;
+    if (region == 2) return;
+    now_ = region;
+    row_ = 0;
+    at_ = reinterpret_cast<const char*>(regions_[region].base);
+    in_row_ = in_row(regions_[region]);
   }
+
+  void next_row() {
+    const TileRegion& r = regions_[now_];
+    if (++row_ == r.rows) return enter(now_ + 1);
+    at_ = reinterpret_cast<const char*>(r.base + row_ * r.ld);
+    in_row_ = in_row(r);
+  }
+
   TileRegion regions_[2];
-  int64_t quota_ = 0, row_ = 0, column_ = 0;
+  const char* at_ = nullptr;
+  int64_t quota_ = 0, left_ = 0, in_row_ = 0, row_ = 0;
   int now_ = 0;
 };
 
@@ -242,8 +259,7 @@ inline void across(const TileStrip& strip, const TileStrip* next, int64_t begin,
                    float* sums, Word* weight) {
   const int m = strip.rows[1] > 0 ? 2 : 1;
   const auto ahead_of = [&](int64_t k, int64_t length, int64_t calls) {
-    return next ? Ahead(next->region(0, k, length), next->region(1, k, length), calls)
-                : Ahead(TileRegion(), TileRegion(), 0);
+    return next ? Ahead(next->region(0, k, length), next->region(1, k, length), calls) : Ahead();
   };
   const auto rows_of = [&](int64_t pair, int64_t step, TileRun* b) {
     b[0] = x.run(pair, 0, step);
