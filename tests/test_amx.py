@@ -105,7 +105,18 @@ def test_every_native_kernel_and_the_layer_are_right_on_emulated_tiles(folder):
     assert passed is not None and int(passed[1]) >= 100 and "skipped" not in said
 
 
+def processor_has_tiles() -> bool:
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return flags is not None and {"amx_tile", "amx_bf16"} <= set(flags[1].split())
+
+
+@pytest.mark.skipif("amx" not in native.isas(), reason="this processor has no tiles")
+def test_odd_shapes_are_right_on_real_tiles():
+    run_tests(Path(native._cpu_ops.__file__), "amx_suite.py")
+
+
 @needs_avx512
+@pytest.mark.skipif(processor_has_tiles(), reason="this processor does not refuse tile instructions")
 def test_the_compiled_tile_instructions_are_right_one_by_one(folder):
     said = run_tests(
         folder / "trapped.so",
@@ -144,11 +155,6 @@ def test_the_emulated_build_holds_no_tile_instruction(folder):
     assert tile_instructions(folder / "emulated.so") == []
     assert tile_instructions(folder / "trapped.so") != []
     assert b"emulated tiles" in (folder / "emulated.so").read_bytes()
-
-
-def processor_has_tiles() -> bool:
-    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return flags is not None and {"amx_tile", "amx_bf16"} <= set(flags[1].split())
 
 
 def test_amx_is_offered_only_where_the_processor_has_it():
