@@ -4,10 +4,11 @@
 ``flex_kernels._cuda_ops``  when nvcc is found: csrc/cuda/bindings.cpp and csrc/cuda/*.cu.
 
 Neither includes a torch header: tensors arrive as addresses and sizes, so one binary serves every torch
-version and the CUDA part compiles beside a torch without CUDA. A file ``name.avx2.cpp`` or
-``name.avx512.cpp`` is compiled with that instruction set (x86-64 only) and chosen at run time.
+version and the CUDA part compiles beside a torch without CUDA. A file ``name.avx2.cpp``,
+``name.avx512.cpp`` or ``name.amx.cpp`` is compiled with that instruction set (x86-64 only) and chosen at run
+time.
 
-Build settings (environment): FLEX_KERNELS_CUDA=auto|0|1, CXX, NVCC,
+Build settings (environment): FLEX_KERNELS_CUDA=auto|0|1, CXX, CXXFLAGS, LDFLAGS, NVCC,
 FLEX_KERNELS_SANITIZE=address|undefined|thread.
 """
 
@@ -26,12 +27,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-ISA_FLAGS = {
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": [
-        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx2", "-mfma", "-mf16c",
-    ],
-}  # fmt: skip
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", *AVX2]
+ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "amx": [*AVX512, "-mamx-tile", "-mamx-bf16"]}
 CUDA_TARGETS = ("80", "90a", "100")
 
 
@@ -81,6 +79,7 @@ class NinjaBuild(build_ext):
     def rules(self, pybind11_include: str) -> list[str]:
         # torch ships its own libgomp under the usual soname, so both share one pool of threads.
         common = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall '-I{ROOT / 'csrc'}'"
+        common += f" {os.environ.get('CXXFLAGS', '')}"
         sanitize = os.environ.get("FLEX_KERNELS_SANITIZE")
         if sanitize:
             common += f" -g -fno-omit-frame-pointer -fsanitize={sanitize}"
@@ -103,7 +102,8 @@ class NinjaBuild(build_ext):
             "  deps = gcc",
             "  description = CUDA $in",
             "rule link",
-            f"  command = $cxx {link} {f'-fsanitize={sanitize}' if sanitize else ''} $in -o $out",
+            f"  command = $cxx {link} {f'-fsanitize={sanitize}' if sanitize else ''} $in"
+            f" {os.environ.get('LDFLAGS', '')} -o $out",
             "  description = link $out",
             "rule linkcuda",
             "  command = $nvcc -shared -cudart static $in -o $out",

@@ -29,6 +29,12 @@ void set_isa(const std::string& name) {
     throw std::invalid_argument("isa='" + name + "' is not one that this processor and build can run");
 }
 
+int64_t scratch_bytes(int64_t longest, int64_t rows) {
+  const int64_t usual = flex::bytes_a_thread(longest, rows);
+  const int64_t own = kernels().own_bytes_a_thread ? kernels().own_bytes_a_thread(longest, rows) : 0;
+  return own < usual ? usual : own;
+}
+
 void need_fused() {
   if (!kernels().fused) throw std::runtime_error(std::string("the ") + kernels().name + " kernels are not fused");
 }
@@ -40,10 +46,11 @@ PYBIND11_MODULE(_cpu_ops, m) {
 
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
   m.def("fused", [] { return kernels().fused; }, "Whether the fused feed-forward kernels exist for it.");
-  m.def("set_isa", &set_isa, "Use 'avx512', 'avx2', 'generic', or 'auto' for the best; ValueError if it cannot run.");
+  m.def("set_isa", &set_isa, 
+        "Use 'amx', 'avx512', 'avx2', 'generic', or 'auto' for the best; ValueError if it cannot run.");
   m.def("isas", [] {
     py::list names;
-    for (const flex::Kernels* k : {flex::avx512_kernels(), flex::avx2_kernels(), flex::generic_kernels()})
+    for (const flex::Kernels* k : {flex::amx_kernels(), flex::avx512_kernels(), flex::avx2_kernels(), flex::generic_kernels()})
       if (k) names.append(k->name);
     return names;
   }, "The instruction sets that can run here, best first.");
@@ -52,7 +59,8 @@ PYBIND11_MODULE(_cpu_ops, m) {
   m.attr("GROUP_COLUMNS") = flex::kGroupColumns;
   m.attr("PARTIAL_COLUMNS") = flex::kPartialColumns;
   m.attr("THIN_ROWS") = flex::kThinRows;
-  m.def("scratch_bytes", &flex::bytes_a_thread);
+  m.attr("HIDDEN_UNIT") = flex::kHiddenUnit;
+  m.def("scratch_bytes", &scratch_bytes);
 
   m.def("gather_rows", [](Address source, Address tokens, Address out, int64_t rows, int64_t bytes, int threads) {
     flex::gather_rows(at<void>(source), at<int32_t>(tokens), at<void>(out), rows, bytes, threads);

@@ -5,6 +5,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace flex {
@@ -13,6 +17,7 @@ namespace flex {
 
 extern const Kernels avx2_table;
 extern const Kernels avx512_table;
+extern const Kernels amx_table;
 
 namespace {
 
@@ -38,21 +43,50 @@ bool has_avx512() {
   return (b & needed) == needed && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBF16);
 }
 
+// The tests define this to run the AMX kernels where the unit is emulated.
+#if defined(FLEX_TILES_ASSUMED)
+bool has_amx() { return has_avx512(); }
+#else
+// Linux gives a process the 8 KB of tile state only when asked; the first tile instruction is SIGILL otherwise. The
+// answer holds for all threads. No other system is known to grant it.
+bool tiles_granted() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_amx() {
+  constexpr uint32_t kAmxBF16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr uint64_t kTileStates = uint64_t{3} << 17;
+  uint32_t a, b, c, d;
+  if (!has_avx512() || (saved_states() & kTileStates) != kTileStates) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBF16) || !(d & kAmxTile)) return false;
+  static const bool granted = tiles_granted();
+  return granted;
+}
+#endif
+
 }  // namespace
 
 const Kernels* avx2_kernels() { return has_avx2() ? &avx2_table : nullptr; }
 const Kernels* avx512_kernels() { return has_avx512() ? &avx512_table : nullptr; }
+const Kernels* amx_kernels() { return has_amx() ? &amx_table : nullptr; }
 
 #else
 
 const Kernels* avx2_kernels() { return nullptr; }
 const Kernels* avx512_kernels() { return nullptr; }
+const Kernels* amx_kernels() { return nullptr; }
 
 #endif
 
 namespace {
 
 const Kernels* best() {
+  if (const Kernels* k = amx_kernels()) return k;
   if (const Kernels* k = avx512_kernels()) return k;
   if (const Kernels* k = avx2_kernels()) return k;
   return generic_kernels();
@@ -73,6 +107,7 @@ bool use_kernels(const char* name) {
   if (!std::strcmp(name, "generic")) wanted = generic_kernels();
   if (!std::strcmp(name, "avx2")) wanted = avx2_kernels();
   if (!std::strcmp(name, "avx512")) wanted = avx512_kernels();
+  if (!std::strcmp(name, "amx")) wanted = amx_kernels();
   if (wanted) current().store(wanted);
   return wanted != nullptr;
 }

@@ -8,7 +8,7 @@ namespace flex {
 // The kernels in use.
 const Kernels& kernels();
 
-// Uses the named kernels ("avx512", "avx2", "generic"), or the best for "auto"; false if they cannot run here.
+// Uses the named kernels ("amx", "avx512", "avx2", "generic"), or the best for "auto"; false if they cannot run here.
 bool use_kernels(const char* name);
 
 }  // namespace flex

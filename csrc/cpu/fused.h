@@ -5,33 +5,13 @@
 // sum over experts then needs no atomics, no second buffer, and has one order whatever the number of threads.
 #pragma once
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "cpu/gemm.h"
+#include "cpu/tasks.h"
 #include "cpu/thin.h"
 
 namespace {
 
 using flex::Segment;
-
-inline int thread_index() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-template <class T>
-inline T* address(int64_t word) { return reinterpret_cast<T*>(static_cast<uintptr_t>(word)); }
-
-// Task `number` of a grid of row blocks and column blocks over all segments.
-struct Place {
-  const Segment* segment;
-  int64_t first_row, rows, column, columns;
-};
 
 inline bool is_thin(const Segment& s) { return s.rows <= kThinRows; }
 
@@ -324,15 +304,7 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
       }
     }
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const Segment& s = segments[i];
-    const int64_t units = pieces(s.width, kUnit);
-    for (int64_t r = 0; r < s.rows; ++r, partial += units) {
-      float total = 0.0f;
-      for (int64_t b = 0; b < units; ++b) total += partial[b];
-      address<float>(s.dscale)[r] = total;
-    }
-  }
+  add_parts(segments, count, partial);
 }
 
 void up_any(int dtype, const void* x, int64_t hidden, const Segment* segments, int64_t count, void* scratch,

@@ -32,7 +32,7 @@ struct Segment {
   int64_t rows;        // n
   int64_t tokens;      // [n] int32 address
   int64_t scale;       // [n] float address
-  int64_t hidden;      // forward: a [n, I]; backward: dz [n, 2I]; in x's dtype
+  int64_t hidden;      // forward: a [n, I], in any order that `down` reads; backward: dz [n, 2I]; in x's dtype
   int64_t preact;      // z [n, 2I] in x's dtype: written by the forward pass, read by the backward pass; 0 for none
   int64_t dscale;      // backward: [n] float, <da, a> of each row
   int64_t scaled;      // backward: scale * a, [n, I] in x's dtype; 0 for none
@@ -49,6 +49,9 @@ constexpr int64_t kPartialColumns = 64;     // columns of I in a part sum of dsc
 constexpr int64_t kPanelRows = 12;      // rows in registers at a time, at most
 constexpr int64_t kThinRows = 32;       // segments of no more rows go through products that pack nothing (thin.h)
 constexpr int64_t kThinColumns = 512;   // columns of such a product computed at a time, of each weight matrix
+// Room of a forward segment's hidden rows: I rounded up to this many elements a row. The last segment of a buffer is
+// followed by as many more, which kernels may read.
+constexpr int64_t kHiddenUnit = 32;
 
 // Bytes of scratch that one thread needs for segments of at most `rows` rows and operands of `longest` elements.
 inline int64_t bytes_a_thread(int64_t longest, int64_t rows) {
@@ -86,11 +89,14 @@ struct Kernels {
                       int64_t count, float* partial, void* scratch, int64_t scratch_bytes, int threads);
   void (*down_backward)(int dtype, const Segment* segments, int64_t count, int64_t hidden, float* dx, void* scratch,
                         int64_t scratch_bytes, int threads);
+  // Scratch of these four, where it may exceed bytes_a_thread(); null where not.
+  int64_t (*own_bytes_a_thread)(int64_t longest, int64_t rows);
 };
 
 const Kernels* generic_kernels();
 const Kernels* avx2_kernels();    // null where this build or this processor lacks it
 const Kernels* avx512_kernels();  // AVX-512 F, BW, DQ, VL and BF16
+const Kernels* amx_kernels();     // these, AMX-TILE and AMX-BF16
 
 // Rows of `source` [., bytes] picked by `tokens` into `out` [rows, bytes].
 void gather_rows(const void* source, const int32_t* tokens, void* out, int64_t rows, int64_t bytes, int threads);

@@ -29,7 +29,7 @@ USUAL_CACHE = 16 << 20
 @dataclass
 class Segment:
     """Rows [start, end) of a group; ``at`` is where its hidden rows start in the buffer of its batch, in
-    rows * I.
+    elements of the forward pass.
     """
 
     group: Group
@@ -47,7 +47,14 @@ class Segment:
 
     @property
     def elements(self) -> int:
-        return self.rows * self.width
+        """Room for its hidden rows, in whichever order the kernels keep them."""
+        return self.rows * room(self.width)
+
+
+def room(width: int) -> int:
+    """Elements that one hidden row may take: I in whole units."""
+    unit = ops.kernels.HIDDEN_UNIT
+    return -(-width // unit) * unit
 
 
 def serves(groups: list[Group]) -> bool:
@@ -90,7 +97,7 @@ def batches(groups: list[Group], most_bytes: int | None = None) -> list[list[Seg
 
     A group whose weights need gradients stays in one piece up to WEIGHT_ROWS: its gradient is one product.
     """
-    sizes = [(g.tokens_n.shape[0], g.down_HI.shape[1]) for g in groups]
+    sizes = [(g.tokens_n.shape[0], room(g.down_HI.shape[1])) for g in groups]
     total, widest = sum(n * i for n, i in sizes), max((i for _, i in sizes), default=0)
     budget = min(max(total // PARTS, FEWEST_ROWS * widest), MOST_ROWS * widest)
     done: list[list[Segment]] = []
@@ -159,7 +166,8 @@ def forward(x_TH: Tensor, groups: list[Group], out_TH: Tensor) -> None:
     """out += scale * E(x) for every group; ``out_TH`` is float32."""
     work = batches(groups)
     scratch = make_scratch(groups, x_TH.shape[1], 1)
-    hidden = torch.empty(widest_batch(work), dtype=x_TH.dtype)
+    # Kernels may read on behind the last row.
+    hidden = torch.empty(widest_batch(work) + ops.kernels.HIDDEN_UNIT, dtype=x_TH.dtype)
     for batch in work:
         table = torch.tensor([words(s, hidden, 1, None) for s in batch])
         ops.kernels.up(x_TH, table, scratch)
@@ -188,9 +196,8 @@ def weight_gradients(s: Segment, dy_TH: Tensor, x_TH: Tensor, dz: Tensor, scaled
     """dgate_up += dz^T x and ddown += dy^T (scale * a) over the segment's rows, where asked for."""
     g, rows = s.group, slice(s.start, s.end)
     if g.dgate_up_2IH is not None:
-        dz_n2I = dz[2 * s.at : 2 * (s.at + s.elements)].view(s.rows, 2 * s.width)
+        dz_n2I = dz[2 * s.at :][: 2 * s.rows * s.width].view(s.rows, 2 * s.width)
         g.add_gradient(g.dgate_up_2IH, dz_n2I, g.rows_of(x_TH, rows))
     if g.ddown_HI is not None and scaled is not None:
-        g.add_gradient(
-            g.ddown_HI, g.rows_of(dy_TH, rows), scaled[s.at : s.at + s.elements].view(s.rows, s.width)
-        )
+        scaled_nI = scaled[s.at :][: s.rows * s.width].view(s.rows, s.width)
+        g.add_gradient(g.ddown_HI, g.rows_of(dy_TH, rows), scaled_nI)

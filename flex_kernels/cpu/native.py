@@ -20,6 +20,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SEGMENT_WORDS: int = _cpu_ops.SEGMENT_WORDS
 PARTIAL_COLUMNS: int = _cpu_ops.PARTIAL_COLUMNS
 THIN_ROWS: int = _cpu_ops.THIN_ROWS
+HIDDEN_UNIT: int = _cpu_ops.HIDDEN_UNIT
 
 fused = _cpu_ops.fused
 isa = _cpu_ops.isa

@@ -1,0 +1,128 @@
+"""The bfloat16 kernels for AMX tiles on the shapes that tiles make odd, against the float64 reference.
+
+test_amx.py runs this file where tiles are emulated; on a processor that has them it can be run by name.
+Letters: T tokens, H hidden, E experts, K chosen, I expert width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case, make_case, with_fixed_routing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cpu_backend import agree, one_expert_each, run
+
+from flex_kernels import Experts
+from flex_kernels.cpu import ops
+
+pytestmark = pytest.mark.skipif("amx" not in ops.kernels.isas(), reason="neither AMX nor its emulation here")
+
+
+@pytest.fixture(autouse=True)
+def amx_and_poisoned_memory():
+    """Fresh memory is NaN, so that whatever is read before it is written shows in the result."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    ops.kernels.set_isa("amx")
+    yield
+    ops.kernels.set_isa("auto")
+    torch.use_deterministic_algorithms(was)
+
+
+def bfloat16(case: Case) -> Case:
+    return case.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("save", ["recompute", "preact"])
+@pytest.mark.parametrize("counts", [range(1, 41), [63, 64, 65, 96, 97], [255, 257, 300]], ids=str)
+def test_every_number_of_rows_an_expert(counts, save):
+    agree(bfloat16(one_expert_each([*counts], H=70, I=45)), "x", "router.weights", save=save)
+
+
+@pytest.mark.parametrize("H", [1, 15, 16, 17, 31, 32, 33, 63, 65, 255, 257, 513])
+def test_every_remainder_of_the_hidden_size(H):
+    agree(bfloat16(one_expert_each([33, 5, 70], H=H, I=40)), "x", "router.weights")
+
+
+@pytest.mark.parametrize("I", [1, 2, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 129, 130, 257])
+def test_every_remainder_of_the_expert_width(I):
+    agree(bfloat16(one_expert_each([33, 5, 70], H=50, I=I)), "x", "router.weights")
+
+
+@pytest.mark.parametrize("H, I, rows", [(4100, 20, 200), (20, 4300, 270), (40, 2100, 20), (6301, 3, 40)])
+def test_a_reduction_longer_than_the_cache_goes_in_parts(H, I, rows):
+    agree(bfloat16(one_expert_each([rows, 3], H=H, I=I)), "x", "router.weights")
+
+
+@pytest.mark.parametrize("mix", ["add", "convex"])
+@pytest.mark.parametrize("save", ["recompute", "preact"])
+def test_all_gradients_with_shared_and_personal_experts(mix, save):
+    case = make_case(T=75, H=97, E=4, K=2, I=53, personal_width=131, shared_width=70, dtype=torch.bfloat16)
+    agree(with_fixed_routing(case), mix=mix, save=save)
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_weights_may_lie_in_wider_rows_at_any_address(first):
+    case = bfloat16(one_expert_each([40, 20, 0, 7], H=96, I=64))
+
+    def inside_wider_rows(weight: torch.Tensor) -> torch.Tensor:
+        wide = torch.full((*weight.shape[:-1], weight.shape[-1] + 37), float("nan"), dtype=weight.dtype)
+        view = wide[..., first : first + weight.shape[-1]]
+        return view.copy_(weight)
+
+    apart = Experts(inside_wider_rows(case.experts.gate_up), inside_wider_rows(case.experts.down))
+    got = run(replace(case, experts=apart), "x", "router.weights")
+    want = run(case, "x", "router.weights")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    agree(case, "x", "router.weights")
+
+
+def test_what_is_not_a_number_stays_in_its_own_row():
+    case = bfloat16(one_expert_each([21, 50], H=41, I=37))
+    plain = run(case, "x")
+    broken = case.x_TH.detach().clone()
+    broken[[3, 60]] = torch.tensor([[float("nan")], [float("inf")]], dtype=torch.bfloat16)
+    got = run(replace(case, x_TH=broken), "x")
+    others = [t for t in range(71) if t not in (3, 60)]
+    for name in ("y", "x"):
+        assert torch.equal(got[name][others], plain[name][others])
+        assert not torch.isfinite(got[name][[3, 60]]).any()
+
+
+@pytest.mark.parametrize("T, H, I", [(40, 160, 700), (300, 700, 96)])
+def test_results_are_the_same_bits_for_one_to_four_threads(T, H, I):
+    case = with_fixed_routing(make_case(T=T, H=H, E=3, K=2, I=I, shared_width=200, dtype=torch.bfloat16))
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            found.append(run(bfloat16(case), "x", "router.weights", "personal.gate_up", mix="convex"))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(other[name], found[0][name]) for name in ("y", "x", "router.weights"))
+
+
+@given(
+    counts=st.lists(st.integers(0, 70), min_size=1, max_size=6).filter(any),
+    H=st.integers(1, 140),
+    I=st.integers(1, 140),
+    save=st.sampled_from(["recompute", "preact"]),
+)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_random_shapes(counts, H, I, save):
+    agree(bfloat16(one_expert_each(counts, H=H, I=I)), "x", "router.weights", save=save)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_other_dtypes_give_the_bits_of_the_avx512_kernels(dtype):
+    case = with_fixed_routing(make_case(T=50, H=70, I=45)).to(dtype)
+    got = run(case, "x", mix="convex")
+    ops.kernels.set_isa("avx512")
+    want = run(case, "x", mix="convex")
+    assert all(torch.equal(got[name], want[name]) for name in want)

@@ -1,0 +1,166 @@
+"""The AMX kernels without an AMX processor: a build whose tiles are plain C++, the compiled instructions done
+one by one in a signal handler, and what the shipped binary holds.
+"""
+
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+native = pytest.importorskip("flex_kernels.cpu.native", reason="the native extension is not built")
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+EMULATION = HERE / "emulation"
+CXX = os.environ.get("CXX") or shutil.which("g++")
+TILE_INSTRUCTIONS = re.compile(r"\b(?:tdpbf16ps|tileloadd|tilestored|tilezero|tilerelease|ldtilecfg)\b.*")
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or platform.machine() != "x86_64" or CXX is None,
+    reason="the AMX kernels are built by g++ for x86-64 Linux",
+)
+needs_avx512 = pytest.mark.skipif(
+    "avx512" not in native.isas() or importlib.util.find_spec("ninja") is None,
+    reason="the AMX kernels need AVX-512 beside tiles, and the build needs ninja",
+)
+
+
+def build(folder: Path) -> None:
+    """``emulated.so`` and ``trapped.so``, alike but for the file with the tiles, and the trap's library."""
+    flags = f"-DFLEX_TILES_ASSUMED -DFLEX_TILES_EMULATED '-I{EMULATION}'"
+    environment = {**os.environ, "CXXFLAGS": flags, "FLEX_KERNELS_CUDA": "0"}
+    temporary = folder / "temporary"
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        f"--build-lib={folder}",
+        f"--build-temp={temporary}",
+    ]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    (emulated,) = folder.glob("flex_kernels/_cpu_ops*.so")
+    ninja = [sys.executable, "-m", "ninja", "-C", str(temporary), "-t", "commands", str(emulated)]
+    commands = subprocess.run(ninja, check=True, capture_output=True, text=True).stdout.splitlines()
+    (compiling,) = (line for line in commands if "kernels.amx.cpp -o" in line)
+    linking = commands[-1]
+    assert linking.endswith(f"-o {emulated}")
+    real = compiling.replace("-DFLEX_TILES_EMULATED", "").replace("amx.cpp.o", "real_amx.o")
+    subprocess.run(real, shell=True, cwd=temporary, check=True)
+    linking = linking.replace("kernels.amx.cpp.o", "kernels.real_amx.o")
+    subprocess.run(
+        linking.replace(f"-o {emulated}", f"-o '{folder}/trapped.so'"), shell=True, cwd=temporary, check=True
+    )
+    trap = [CXX, "-std=c++17", "-O2", "-mfma", "-Wall", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden"]
+    trap += [f"-I{ROOT / 'csrc'}", f"-I{EMULATION}", str(EMULATION / "trapped_tiles.cpp")]
+    subprocess.run([*trap, "-o", f"{folder}/trap.so"], check=True)
+    os.replace(emulated, folder / "emulated.so")
+
+
+@pytest.fixture(name="folder", scope="module")
+def folder_fixture(request) -> Path:
+    digest = hashlib.sha256(repr((CXX, sys.version)).encode())
+    for source in sorted(
+        [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*"), *EMULATION.iterdir(), ROOT / "setup.py"]
+    ):
+        digest.update(source.read_bytes())
+    cache = Path(request.config.cache.mkdir("amx-emulation"))
+    folder = cache / digest.hexdigest()[:16]
+    if not folder.exists():
+        fresh = cache / f"{folder.name}-{os.getpid()}"
+        fresh.mkdir()
+        build(fresh)
+        shutil.rmtree(fresh / "temporary")
+        try:
+            fresh.rename(folder)
+        except OSError:
+            # Another process was faster.
+            shutil.rmtree(fresh)
+    return folder
+
+
+def run_tests(extension: Path, *arguments: str, **variables: str) -> str:
+    """What pytest printed, all passed, with ``extension`` in the place of the installed one."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "amx_emulated", "-p", "no:faulthandler"]
+    command += ["-p", "no:cacheprovider", *arguments]
+    paths = os.pathsep.join([str(ROOT), str(HERE)])
+    environment = {**os.environ, "PYTHONPATH": paths, "FLEX_TEST_CPU_OPS": str(extension), **variables}
+    found = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
+    return found.stdout
+
+
+@needs_avx512
+def test_every_native_kernel_and_the_layer_are_right_on_emulated_tiles(folder):
+    files = ["test_native_cpu.py", "test_cpu_backend.py", "amx_suite.py"]
+    said = run_tests(folder / "emulated.so", *files, "-k", "amx")
+    passed = re.search(r"(\d+) passed", said)
+    assert passed is not None and int(passed[1]) >= 100 and "skipped" not in said
+
+
+def processor_has_tiles() -> bool:
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return flags is not None and {"amx_tile", "amx_bf16"} <= set(flags[1].split())
+
+
+@pytest.mark.skipif("amx" not in native.isas(), reason="this processor has no tiles")
+def test_odd_shapes_are_right_on_real_tiles():
+    run_tests(Path(native._cpu_ops.__file__), "amx_suite.py")
+
+
+@needs_avx512
+@pytest.mark.skipif(processor_has_tiles(), reason="this processor does not refuse tile instructions")
+def test_the_compiled_tile_instructions_are_right_one_by_one(folder):
+    said = run_tests(
+        folder / "trapped.so",
+        "amx_suite.py",
+        "-k",
+        "number_of_rows or longer or gradients",
+        FLEX_TEST_TRAP=str(folder / "trap.so"),
+    )
+    trapped = re.search(r"(\d+) tile instructions trapped", said)
+    assert trapped is not None and int(trapped[1]) > 100_000
+
+
+def tile_instructions(library: Path) -> list[str]:
+    command = ["objdump", "-d", "--no-show-raw-insn", str(library)]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return TILE_INSTRUCTIONS.findall(listing)
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+def test_the_shipped_binary_multiplies_tiles_and_knows_no_emulation():
+    library = Path(native._cpu_ops.__file__)
+    found = tile_instructions(library)
+    products = {line for line in found if line.startswith("tdpbf16ps")}
+    # Two tiles by two: every pair of operands once, four sums.
+    assert products == {
+        f"tdpbf16ps %tmm{b},%tmm{a},%tmm{c}" for a, b, c in [(4, 6, 0), (4, 7, 1), (5, 6, 2), (5, 7, 3)]
+    }
+    names = {line.split()[0] for line in found}
+    assert {"tileloadd", "tilestored", "tilezero", "tilerelease", "ldtilecfg"} <= names
+    assert b"emulated tiles" not in library.read_bytes()
+
+
+@needs_avx512
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+def test_the_emulated_build_holds_no_tile_instruction(folder):
+    assert tile_instructions(folder / "emulated.so") == []
+    assert tile_instructions(folder / "trapped.so") != []
+    assert b"emulated tiles" in (folder / "emulated.so").read_bytes()
+
+
+def test_amx_is_offered_only_where_the_processor_has_it():
+    # The other way round need not hold: the system may refuse the state.
+    assert "amx" not in native.isas() or processor_has_tiles()
+    if "amx" not in native.isas():
+        with pytest.raises(ValueError, match="isa='amx'"):
+            native.set_isa("amx")
+        assert native.isa() == native.isas()[0]
