@@ -46,7 +46,7 @@ PYBIND11_MODULE(_cpu_ops, m) {
 
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
   m.def("fused", [] { return kernels().fused; }, "Whether the fused feed-forward kernels exist for it.");
-  m.def("set_isa", &set_isa, 
+  m.def("set_isa", &set_isa,
         "Use 'amx', 'avx512', 'avx2', 'generic', or 'auto' for the best; ValueError if it cannot run.");
   m.def("isas", [] {
     py::list names;

@@ -12,21 +12,32 @@ extern const Kernels avx512_table;
 
 namespace {
 
+// Whether the AVX-512 kernels do this call: other dtypes, and codes, which no tile is packed from yet. `up` and `down`
+// see the same segments, so that both take the same way.
+bool leave(int dtype, const Segment* segments, int64_t count) {
+  if (dtype != kBFloat16) return true;
+  for (int64_t i = 0; i < count; ++i)
+    if (segments[i].gate_up_kind != kStored || segments[i].down_kind != kStored) return true;
+  return false;
+}
+
 void up_amx(int dtype, const void* x, int64_t hidden, const Segment* segments, int64_t count, void* scratch,
             int64_t bytes, int threads) {
-  if (dtype != kBFloat16) return avx512_table.up(dtype, x, hidden, segments, count, scratch, bytes, threads);
+  if (leave(dtype, segments, count))
+    return avx512_table.up(dtype, x, hidden, segments, count, scratch, bytes, threads);
   up_tiles(static_cast<const Word*>(x), hidden, segments, count, scratch, bytes, threads);
 }
 
 void down_amx(int dtype, const Segment* segments, int64_t count, int64_t hidden, float* out, void* scratch,
               int64_t bytes, int threads) {
-  if (dtype != kBFloat16) return avx512_table.down(dtype, segments, count, hidden, out, scratch, bytes, threads);
+  if (leave(dtype, segments, count))
+    return avx512_table.down(dtype, segments, count, hidden, out, scratch, bytes, threads);
   down_tiles(segments, count, hidden, out, scratch, bytes, threads);
 }
 
 void up_backward_amx(int dtype, const void* x, const void* dy, int64_t hidden, const Segment* segments, int64_t count,
                      float* partial, void* scratch, int64_t bytes, int threads) {
-  if (dtype != kBFloat16)
+  if (leave(dtype, segments, count))
     return avx512_table.up_backward(dtype, x, dy, hidden, segments, count, partial, scratch, bytes, threads);
   up_backward_tiles(static_cast<const Word*>(x), static_cast<const Word*>(dy), hidden, segments, count, partial,
                     scratch, bytes, threads);
@@ -34,7 +45,7 @@ void up_backward_amx(int dtype, const void* x, const void* dy, int64_t hidden, c
 
 void down_backward_amx(int dtype, const Segment* segments, int64_t count, int64_t hidden, float* dx, void* scratch,
                        int64_t bytes, int threads) {
-  if (dtype != kBFloat16)
+  if (leave(dtype, segments, count))
     return avx512_table.down_backward(dtype, segments, count, hidden, dx, scratch, bytes, threads);
   down_backward_tiles(segments, count, hidden, dx, scratch, bytes, threads);
 }

@@ -90,15 +90,15 @@ struct TileRegion {
   int64_t ld = 0, rows = 0, columns = 0;
 };
 
-class Ahead {
+class TileAhead {
  public:
   // All of both regions over `calls` calls of fetch().
-  Ahead(const TileRegion& a, const TileRegion& b, int64_t calls) : regions_{a, b} {
+  TileAhead(const TileRegion& a, const TileRegion& b, int64_t calls) : regions_{a, b} {
     for (const TileRegion& r : regions_) left_ += lines(r);
     quota_ = pieces(left_, calls);
     enter(0);
   }
-  Ahead() = default;
+  TileAhead() = default;
 
   void fetch() {
     int64_t n = smaller(quota_, left_);
@@ -142,7 +142,7 @@ class Ahead {
 
 // sums[i][j] (+)= A's tile i times B's tile j, over `steps` steps. M and N of the two tiles of A and B exist.
 template <int M, int N>
-void multiply_tiles(int64_t steps, const TileRun* a, const TileRun* b, float* sums, bool accumulate, Ahead& ahead) {
+void multiply_tiles(int64_t steps, const TileRun* a, const TileRun* b, float* sums, bool accumulate, TileAhead& ahead) {
   constexpr int64_t kRow = tiles::kBytesARow;
   if (accumulate) {
     tiles::load<0>(sums, kRow);
@@ -177,7 +177,7 @@ void multiply_tiles(int64_t steps, const TileRun* a, const TileRun* b, float* su
 }
 
 inline void multiply_tiles(int m, int n, int64_t steps, const TileRun* a, const TileRun* b, float* sums,
-                           bool accumulate, Ahead& ahead) {
+                           bool accumulate, TileAhead& ahead) {
   const auto run = m == 2 ? (n == 2 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
                           : (n == 2 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
   run(steps, a, b, sums, accumulate, ahead);
@@ -259,7 +259,7 @@ inline void across(const TileStrip& strip, const TileStrip* next, int64_t begin,
                    float* sums, Word* weight) {
   const int m = strip.rows[1] > 0 ? 2 : 1;
   const auto ahead_of = [&](int64_t k, int64_t length, int64_t calls) {
-    return next ? Ahead(next->region(0, k, length), next->region(1, k, length), calls) : Ahead();
+    return next ? TileAhead(next->region(0, k, length), next->region(1, k, length), calls) : TileAhead();
   };
   const auto rows_of = [&](int64_t pair, int64_t step, TileRun* b) {
     b[0] = x.run(pair, 0, step);
@@ -273,7 +273,7 @@ inline void across(const TileStrip& strip, const TileStrip* next, int64_t begin,
     rows_of(0, begin / kTileStep, b);
     const TileRun a[2] = {{reinterpret_cast<const char*>(strip.first[0] + begin), tiles::kBytesARow, stride},
                           {reinterpret_cast<const char*>(strip.first[1] + begin), tiles::kBytesARow, stride}};
-    Ahead ahead = ahead_of(begin, end - begin, steps);
+    TileAhead ahead = ahead_of(begin, end - begin, steps);
     multiply_tiles(2, x.tiles(0), steps, a, b, sums, begin > 0, ahead);
     k += steps * kTileStep;
   }
@@ -284,7 +284,7 @@ inline void across(const TileStrip& strip, const TileStrip* next, int64_t begin,
     const char* at = reinterpret_cast<const char*>(weight);
     const TileRun a[2] = {{at, 4 * kTileElements, tiles::kBytesARow},
                           {at + 2 * kTileElements, 4 * kTileElements, tiles::kBytesARow}};
-    Ahead ahead = ahead_of(k, length, steps * x.pairs());
+    TileAhead ahead = ahead_of(k, length, steps * x.pairs());
     for (int64_t pair = 0; pair < x.pairs(); ++pair) {
       TileRun b[2];
       rows_of(pair, k / kTileStep, b);
@@ -317,7 +317,7 @@ inline void along(const Word* base, int64_t lda, const int32_t* index, int64_t r
       const int64_t column = wrap ? 0 : group, end = wrap ? k : k0 + length;
       const TileRegion next{weight + row * ld + column, ld, smaller(kQuarter, end - row),
                             smaller(kGroupColumns, columns - column)};
-      Ahead ahead(next, TileRegion(), packed.steps * packed.pairs());
+      TileAhead ahead(next, TileRegion(), packed.steps * packed.pairs());
       for (int64_t pair = 0; pair < packed.pairs(); ++pair, to += 4 * kTileSums) {
         TileRun a[2];
         a[0] = packed.run(pair, 0, 0);
