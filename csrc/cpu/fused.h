@@ -52,18 +52,6 @@ inline int64_t longest(const Segment* segments, int64_t count, int64_t hidden, i
   return most;
 }
 
-template <class E>
-inline Weight<E> gate_up_of(const Segment& s) {
-  return {address<const char>(s.gate_up), s.gate_up_ld, address<const uint16_t>(s.gate_up_scales),
-          s.gate_up_scales_ld, s.gate_up_kind, 0, 0};
-}
-
-template <class E>
-inline Weight<E> down_of(const Segment& s) {
-  return {address<const char>(s.down), s.down_ld, address<const uint16_t>(s.down_scales), s.down_scales_ld,
-          s.down_kind, 0, 0};
-}
-
 // The panels of a task whose segment is not thin: of the gate rows, then of the up rows. `columns`: of a whole task.
 template <class E>
 inline Panels<E> gate_and_up_panels(const Place& place, int64_t hidden, int64_t columns) {

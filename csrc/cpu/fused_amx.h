@@ -1,4 +1,5 @@
-// The expert feed-forward in bfloat16 on AMX tiles, forward and backward, over the products of tile_products.h.
+// The expert feed-forward in bfloat16 on AMX tiles, forward and backward, over the products of tile_products.h. Weights
+// may be codes, which are decoded to bfloat16: from there on nothing differs from plain weights.
 //
 // Work is cut as in fused.h: a task of the up direction owns rows and columns of one segment, a task of the down
 // direction a slice of output columns over all segments in order. `up` leaves its result as B's tiles (TileRows, packed
@@ -58,9 +59,9 @@ struct TileGrid {
 
 // Weight rows `column` on of gate and up, sixteen each.
 inline TileStrip gate_strip(const Segment& s, int64_t column) {
-  const Word* gate = address<const Word>(s.gate_up) + column * s.gate_up_ld;
+  const Weight<BFloat16> gate = gate_up_of<BFloat16>(s).from(column, 0);
   const int64_t rows = smaller(tiles::kRows, s.width - column);
-  return {{gate, gate + s.width * s.gate_up_ld}, {rows, rows}, s.gate_up_ld};
+  return {{gate, gate.from(s.width, 0)}, {rows, rows}};
 }
 
 // sums [pairs][gate or up][row tile][16 columns][16 rows] of the columns `column` on, which end before `end`.
@@ -150,9 +151,9 @@ struct Slices {
 };
 
 inline TileStrip down_strip(const Segment& s, int64_t column, int64_t end) {
-  const Word* weight = address<const Word>(s.down) + column * s.down_ld;
+  const Weight<BFloat16> weight = down_of<BFloat16>(s).from(column, 0);
   const int64_t rows = smaller(kTilePair, end - column), upper = smaller(tiles::kRows, rows);
-  return {{weight, weight + tiles::kRows * s.down_ld}, {upper, rows - upper}, s.down_ld};
+  return {{weight, weight.from(tiles::kRows, 0)}, {upper, rows - upper}};
 }
 
 // out[tokens] += scale * (a down^T)
@@ -222,7 +223,7 @@ inline void down_backward_tiles(const Segment* segments, int64_t count, int64_t 
         for (int64_t row = 0; row < s.rows && s.width; row += kTileRows) {
           const int64_t some = smaller(kTileRows, s.rows - row);
           along(address<const Word>(s.hidden) + row * 2 * s.width, 2 * s.width, nullptr, some, 2 * s.width,
-                address<const Word>(s.gate_up) + start, s.gate_up_ld, columns, work.sums, work);
+                gate_up_of<BFloat16>(s).from(0, start), columns, work.sums, work);
           const float* sums = work.sums;
           for (int64_t column = 0; column < columns; column += kTilePair)
             for (int64_t pair = 0; pair < some; pair += kTilePair, sums += 4 * kTileSums)
@@ -279,8 +280,8 @@ inline void up_backward_tiles(const Word* x, const Word* dy, int64_t hidden, con
       for (const Segment* before = segments; before != &s; ++before)
         parts += before->rows * pieces(before->width, kPartialColumns);
 
-      along(dy, hidden, tokens, place.rows, hidden, address<const Word>(s.down) + place.column, s.down_ld,
-            place.columns, work.sums, work);
+      along(dy, hidden, tokens, place.rows, hidden, down_of<BFloat16>(s).from(0, place.column), place.columns,
+            work.sums, work);
       const TileRows rows = s.preact ? TileRows{nullptr, place.rows, 0, true}
                                      : pack_rows_in_pairs(x, hidden, tokens, place.rows, hidden, work.rows);
       const int64_t strip = rows.pairs() * 4 * kTileSums;

@@ -12,13 +12,21 @@ extern const Kernels avx512_table;
 
 namespace {
 
-// Whether the AVX-512 kernels do this call: other dtypes, and codes, which no tile is packed from yet. `up` and `down`
-// see the same segments, so that both take the same way.
+// So few rows use each code once in thin_codes.h, in registers; a strip for the tiles would be written and read again
+// for little multiplication.
+constexpr int64_t kFewCodeRows = 4;
+
+// Whether the AVX-512 kernels do this call: other dtypes, and codes where every expert has few rows, as when text is
+// generated. `up` and `down` see the same segments, so that both take the same way.
 bool leave(int dtype, const Segment* segments, int64_t count) {
   if (dtype != kBFloat16) return true;
-  for (int64_t i = 0; i < count; ++i)
-    if (segments[i].gate_up_kind != kStored || segments[i].down_kind != kStored) return true;
-  return false;
+  bool codes = false;
+  for (int64_t i = 0; i < count; ++i) {
+    const Segment& s = segments[i];
+    if (s.rows > kFewCodeRows) return false;
+    codes = codes || s.gate_up_kind != kStored || s.down_kind != kStored;
+  }
+  return codes;
 }
 
 void up_amx(int dtype, const void* x, int64_t hidden, const Segment* segments, int64_t count, void* scratch,

@@ -1,4 +1,4 @@
-// What tasks of every engine share: threads, addresses in segments, the place of a task, part sums.
+// What tasks of every engine share: threads, addresses and weights in segments, the place of a task, part sums.
 #pragma once
 
 #ifdef _OPENMP
@@ -6,6 +6,7 @@
 #endif
 
 #include "cpu/kernels.h"
+#include "cpu/weights.h"
 
 namespace {
 
@@ -19,6 +20,18 @@ inline int thread_index() {
 
 template <class T>
 inline T* address(int64_t word) { return reinterpret_cast<T*>(static_cast<uintptr_t>(word)); }
+
+template <class E>
+inline Weight<E> gate_up_of(const flex::Segment& s) {
+  return {address<const char>(s.gate_up), s.gate_up_ld, address<const uint16_t>(s.gate_up_scales),
+          s.gate_up_scales_ld, s.gate_up_kind, 0, 0};
+}
+
+template <class E>
+inline Weight<E> down_of(const flex::Segment& s) {
+  return {address<const char>(s.down), s.down_ld, address<const uint16_t>(s.down_scales), s.down_scales_ld,
+          s.down_kind, 0, 0};
+}
 
 // A task: rows and columns of one segment.
 struct Place {

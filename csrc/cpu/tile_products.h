@@ -4,7 +4,8 @@
 // The rows of x, few and used by every weight, are B's: their words are transposed once. Sums come out transposed.
 // `along`, dx = dz W: weight rows run along the columns of the product. Two neighbours interleave into B's tile, and
 // the rows of dz are A's.
-// Either way no weight is transposed. Include gemm.h (whose words and packing these are) and tiles.h first.
+// Either way no weight is transposed, and codes are decoded into the 16 KB that a strip is copied to anyway. Include
+// gemm.h (whose words and packing these are) and tiles.h first.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -86,8 +87,14 @@ struct TileRows {
 
 // Weights that come next, fetched into the second-level cache a few lines a step.
 struct TileRegion {
-  const Word* base = nullptr;
-  int64_t ld = 0, rows = 0, columns = 0;
+  const char* base = nullptr;
+  int64_t ld = 0, rows = 0, bytes = 0;  // of a row; `ld` as well
+
+  TileRegion() = default;
+  // Rows and columns from the start of `weight`, as many bytes as its codes take.
+  TileRegion(const Weight<BFloat16>& weight, int64_t rows, int64_t columns)
+      : base(weight.byte(0, 0)), ld(weight.byte(1, 0) - base), rows(rows),
+        bytes(columns > 0 ? weight.byte(0, columns - 1) + 1 - base : 0) {}
 };
 
 class TileAhead {
@@ -115,22 +122,22 @@ class TileAhead {
 
  private:
   static constexpr int64_t kLine = 64;  // bytes
-  static int64_t in_row(const TileRegion& r) { return pieces(2 * r.columns, kLine); }
-  static int64_t lines(const TileRegion& r) { return r.rows > 0 && r.columns > 0 ? r.rows * in_row(r) : 0; }
+  static int64_t in_row(const TileRegion& r) { return pieces(r.bytes, kLine); }
+  static int64_t lines(const TileRegion& r) { return r.rows > 0 ? r.rows * in_row(r) : 0; }
 
   void enter(int region) {
     while (region < 2 && lines(regions_[region]) == 0) ++region;
     if (region == 2) return;
     now_ = region;
     row_ = 0;
-    at_ = reinterpret_cast<const char*>(regions_[region].base);
+    at_ = regions_[region].base;
     in_row_ = in_row(regions_[region]);
   }
 
   void next_row() {
     const TileRegion& r = regions_[now_];
     if (++row_ == r.rows) return enter(now_ + 1);
-    at_ = reinterpret_cast<const char*>(r.base + row_ * r.ld);
+    at_ = r.base + row_ * r.ld;
     in_row_ = in_row(r);
   }
 
@@ -219,12 +226,17 @@ inline TileRows pack_rows_in_pairs(const Word* base, int64_t ld, const int32_t* 
   return packed;
 }
 
-// Up to 16 weight rows, columns [0, length), as A's tiles kTilePair rows a step; rows that do not exist are zeros.
-inline void pack_strip(const Word* weight, int64_t ld, int64_t rows, int64_t length, Word* out) {
+// Up to 16 weight rows, columns [k0, k0 + length), as A's tiles kTilePair rows a step; rows that do not exist are
+// zeros. `length` is at most kTileDepth.
+inline void pack_strip(const Weight<BFloat16>& weight, int64_t rows, int64_t k0, int64_t length, Word* out) {
+  alignas(64) Word decoded[kTileDepth];
   for (int64_t r = 0; r < tiles::kRows; ++r) {
+    const Word* from = decoded;
+    if (weight.stored()) from = weight.at(r, k0);
+    else if (r < rows) weight.decode(r, k0, length, decoded);
     Word* to = out + r * kTileStep;
     for (int64_t k = 0; k < length; k += kTileStep, to += 2 * kTileElements)
-      _mm512_storeu_si512(to, r < rows ? Packing<BFloat16>::words(weight + r * ld + k,
+      _mm512_storeu_si512(to, r < rows ? Packing<BFloat16>::words(from + k,
                                                                   static_cast<int>(smaller(kTileStep, length - k)))
                                        : _mm512_setzero_si512());
   }
@@ -232,25 +244,37 @@ inline void pack_strip(const Word* weight, int64_t ld, int64_t rows, int64_t len
 
 // `length` weight rows of up to 32 columns as pairs of B's tiles, zeros after the last row. The columns of the two
 // tiles are in the order of Packing::plain_words, which Packing::settle undoes in the sums.
-inline void pack_strip_in_pairs(const Word* weight, int64_t ld, int columns, int64_t length, Word* out) {
+inline void pack_strip_in_pairs(const Weight<BFloat16>& weight, int columns, int64_t length, Word* out) {
+  alignas(64) Word decoded[2][kTilePair];
   for (int64_t k = 0; k < rounded(length, kTileStep); k += 2) {
     V low = set1(0.0f), high = low;
-    const Word* row = weight + k * ld;
-    if (k < length) Packing<BFloat16>::plain_words(row, k + 1 < length ? row + ld : nullptr, columns, low, high);
+    if (k < length) {
+      const bool both = k + 1 < length;
+      const Word *row = decoded[0], *next = decoded[1];
+      if (weight.stored()) {
+        row = weight.at(k, 0), next = row + weight.ld;
+      } else {
+        weight.decode(k, 0, columns, decoded[0]);
+        if (both) weight.decode(k + 1, 0, columns, decoded[1]);
+      }
+      Packing<BFloat16>::plain_words(row, both ? next : nullptr, columns, low, high);
+    }
     Word* to = out + k / kTileStep * 2 * kTileElements + k % kTileStep * tiles::kRows;
     _mm512_storeu_ps(to, low);
     _mm512_storeu_ps(to + kTileElements, high);
   }
 }
 
-// Two tiles of weight rows, `ld` apart.
+// Two tiles of rows of a weight.
 struct TileStrip {
-  const Word* first[2];
+  Weight<BFloat16> first[2];
   int64_t rows[2];
-  int64_t ld;
 
-  bool whole() const { return rows[0] == tiles::kRows && rows[1] == tiles::kRows; }
-  TileRegion region(int tile, int64_t k, int64_t length) const { return {first[tile] + k, ld, rows[tile], length}; }
+  // Whether its tiles can be loaded from where the weight lies.
+  bool loads() const { return first[0].stored() && rows[0] == tiles::kRows && rows[1] == tiles::kRows; }
+  TileRegion region(int tile, int64_t k, int64_t length) const {
+    return {first[tile].from(0, k), rows[tile], length};
+  }
 };
 
 // sums [pairs][weight tile][row tile][16 weight rows][16 rows] (+)= strip, columns [begin, end), times the rows.
@@ -267,12 +291,12 @@ inline void across(const TileStrip& strip, const TileStrip* next, int64_t begin,
   };
   int64_t k = begin;
   // One pair of row tiles uses each weight once: the tiles are loaded from where they lie.
-  if (x.pairs() == 1 && strip.whole() && end - begin >= kTileStep) {
-    const int64_t steps = (end - begin) / kTileStep, stride = strip.ld * 2;
+  if (x.pairs() == 1 && strip.loads() && end - begin >= kTileStep) {
+    const int64_t steps = (end - begin) / kTileStep, stride = strip.first[0].ld * 2;
     TileRun b[2];
     rows_of(0, begin / kTileStep, b);
-    const TileRun a[2] = {{reinterpret_cast<const char*>(strip.first[0] + begin), tiles::kBytesARow, stride},
-                          {reinterpret_cast<const char*>(strip.first[1] + begin), tiles::kBytesARow, stride}};
+    const TileRun a[2] = {{strip.first[0].byte(0, begin), tiles::kBytesARow, stride},
+                          {strip.first[1].byte(0, begin), tiles::kBytesARow, stride}};
     TileAhead ahead = ahead_of(begin, end - begin, steps);
     multiply_tiles(2, x.tiles(0), steps, a, b, sums, begin > 0, ahead);
     k += steps * kTileStep;
@@ -280,7 +304,7 @@ inline void across(const TileStrip& strip, const TileStrip* next, int64_t begin,
   for (; k < end; k += kTileDepth) {
     const int64_t length = smaller(kTileDepth, end - k), steps = pieces(length, kTileStep);
     for (int tile = 0; tile < m; ++tile)
-      pack_strip(strip.first[tile] + k, strip.ld, strip.rows[tile], length, weight + tile * kTileElements);
+      pack_strip(strip.first[tile], strip.rows[tile], k, length, weight + tile * kTileElements);
     const char* at = reinterpret_cast<const char*>(weight);
     const TileRun a[2] = {{at, 4 * kTileElements, tiles::kBytesARow},
                           {at + 2 * kTileElements, 4 * kTileElements, tiles::kBytesARow}};
@@ -298,8 +322,8 @@ inline void across(const TileStrip& strip, const TileStrip* next, int64_t begin,
 //
 // The reduced dimension is the outer loop, so that weight rows are read in stretches of all columns: they lie pages
 // apart. A group of four strips brings in the next four, a quarter of its rows each.
-inline void along(const Word* base, int64_t lda, const int32_t* index, int64_t rows, int64_t k, const Word* weight,
-                  int64_t ld, int64_t columns, float* sums, const TileWorkspace& work) {
+inline void along(const Word* base, int64_t lda, const int32_t* index, int64_t rows, int64_t k,
+                  const Weight<BFloat16>& weight, int64_t columns, float* sums, const TileWorkspace& work) {
   constexpr int64_t kGroup = 4, kGroupColumns = kGroup * kTilePair, kQuarter = kTileDepth / kGroup;
   const char* at = reinterpret_cast<const char*>(work.weight);
   const TileRun b[2] = {{at, 4 * kTileElements, tiles::kBytesARow},
@@ -309,14 +333,13 @@ inline void along(const Word* base, int64_t lda, const int32_t* index, int64_t r
     const TileRows packed = pack_rows(base + k0, lda, index, rows, length, work.rows);
     float* to = sums;
     for (int64_t j = 0; j < columns; j += kTilePair) {
-      pack_strip_in_pairs(weight + k0 * ld + j, ld, static_cast<int>(smaller(kTilePair, columns - j)), length,
-                          work.weight);
+      pack_strip_in_pairs(weight.from(k0, j), static_cast<int>(smaller(kTilePair, columns - j)), length, work.weight);
       const int64_t group = j / kGroupColumns * kGroupColumns + kGroupColumns;
       const bool wrap = group >= columns;
       const int64_t row = (wrap ? k0 + kTileDepth : k0) + j % kGroupColumns / kTilePair * kQuarter;
       const int64_t column = wrap ? 0 : group, end = wrap ? k : k0 + length;
-      const TileRegion next{weight + row * ld + column, ld, smaller(kQuarter, end - row),
-                            smaller(kGroupColumns, columns - column)};
+      const TileRegion next(weight.from(row, column), smaller(kQuarter, end - row),
+                            smaller(kGroupColumns, columns - column));
       TileAhead ahead(next, TileRegion(), packed.steps * packed.pairs());
       for (int64_t pair = 0; pair < packed.pairs(); ++pair, to += 4 * kTileSums) {
         TileRun a[2];
