@@ -67,29 +67,28 @@ def test_every_nf4_code_has_its_level():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kinds", KINDS, ids="+".join)
 def test_every_value_and_gradient_is_as_exact_as_plain_torch_on_the_same_codes(dtype, kinds, way):
-    case = with_fixed_routing(make_case(T=21, H=100, E=6, K=3, I=37, dtype=dtype))
+    case = with_fixed_routing(make_case(T=18, H=72, E=6, K=2, I=37, dtype=dtype))
     agree(coded(case, *kinds), "convex", save="recompute")
 
 
-@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
 @pytest.mark.parametrize(
-    "sizes",
+    ("kinds", "sizes"),
     [
-        {"T": 1, "H": 24, "I": 12},
-        {"T": 9, "H": 37, "I": 65, "E": 3, "K": 1},
-        {"T": 18, "H": 130, "I": 64, "E": 4, "K": 2},
-        {"T": 2, "E": 30, "K": 6, "H": 7, "I": 5},
+        (("nf4", "int8"), {"T": 1, "H": 24, "I": 12}),
+        (("nf4", "nf4"), {"T": 9, "H": 37, "I": 65, "E": 3, "K": 1}),
+        (("int8", "int8"), {"T": 9, "H": 37, "I": 65, "E": 3, "K": 1}),
+        (("nf4", "nf4"), {"T": 18, "H": 130, "I": 64, "E": 4, "K": 2}),
+        (("int8", "nf4"), {"T": 2, "E": 20, "K": 3, "H": 7, "I": 5}),
     ],
     ids=str,
 )
-def test_odd_sizes(sizes, kinds, way):
+def test_odd_sizes(kinds, sizes, way):
     agree(coded(make_case(**sizes), *kinds), save="preact")
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_all_tokens_on_one_expert_and_none_on_the_others(kind, way):
+def test_all_tokens_on_one_expert_and_none_on_the_others(way):
     case = make_case(T=20, E=5)
-    agree(replace(coded(case, kind, kind), router=Routed(torch.full((20, 1), 3), torch.rand(20, 1))))
+    agree(replace(coded(case, "nf4", "int8"), router=Routed(torch.full((20, 1), 3), torch.rand(20, 1))))
 
 
 def test_slots_that_another_rank_serves_are_skipped(way):
@@ -120,9 +119,9 @@ def test_codes_and_scales_are_read_with_the_strides_they_are_stored_with(way):
     agree(replace(case, experts=spread))
 
 
-@pytest.mark.parametrize("experts_at_a_time", [1, 3, 4, 7])
+@pytest.mark.parametrize("experts_at_a_time", [1, 3, 4])
 def test_parts_of_any_size_give_the_same_layer(experts_at_a_time, monkeypatch):
-    case = to_device(coded(make_case(T=31, E=7, K=3)))
+    case = to_device(coded(make_case(T=19, E=7, K=3, personal=False, shared="none")))
     whole = run(case, backend="triton")
     decode_ahead(monkeypatch, experts_at_a_time * 2 * 12 * 24 * 4)
     assert codes.staged_experts(case.experts.gate_up, 4) == experts_at_a_time
@@ -138,13 +137,15 @@ def test_parts_of_four_experts_or_more_start_at_16_bytes_of_the_offsets(monkeypa
 
 
 def test_two_runs_agree_bit_for_bit(way):
-    case = to_device(coded(make_case(T=17, E=4, K=3), "int8", "nf4"))
+    case = to_device(coded(make_case(T=17, E=4, K=3, personal=False, shared="none"), "int8", "nf4"))
     first, second = run(case, backend="triton"), run(case, backend="triton")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_no_buffer_ever_holds_all_experts(way):
-    case = to_device(coded(make_case(T=3, H=32, E=40, K=2, I=32, personal=False, shared="none")))
+def test_no_buffer_ever_holds_all_experts(way, monkeypatch):
+    if way == "ahead":
+        decode_ahead(monkeypatch, 1 << 15)
+    case = to_device(coded(make_case(T=3, H=32, E=20, K=2, I=32, personal=False, shared="none")))
     gate_up, down = case.experts.gate_up, case.experts.down
     ids, weights = torch.tensor([[0, 1]] * 3).int().to(DEVICE), torch.rand(3, 2).to(DEVICE)
     none = torch.empty(0, device=DEVICE)

@@ -72,7 +72,7 @@ def load_masked(pointers, row_mask, col_mask, EVEN_ROWS: tl.constexpr, EVEN_COLS
 
 @triton.jit
 def load_row_scales(scales_ptr, row_r, mask_r, stride_sr):
-    """Float32 scales of int8 rows, zero where masked."""
+    """Float32 scales of rows, zero where masked; of one column group, whose first scale ``scales_ptr`` is."""
     return tl.load(scales_ptr + row_r.to(tl.int64) * stride_sr, mask=mask_r, other=0.0).to(tl.float32)
 
 
@@ -96,7 +96,7 @@ def load_decoded(
     COLS: tl.constexpr,
 ):
     """Weights [ROWS, COLS] in ``dtype``, in the orientation they are stored in, from column ``first_col``, a
-    multiple of COLS. Rows that are masked are zero; columns past C are finite.
+    multiple of COLS, which is at most 64. Rows that are masked are zero; columns past C are finite.
 
     Each product of code and scale is rounded once. Without SCALED, int8 codes come without their scales, for
     a product that applies them to its sum; 4-bit weights always have theirs.
@@ -115,9 +115,10 @@ def load_decoded(
         if SCALED:
             value_rc *= load_row_scales(scales_ptr, row_r, mask_r, stride_sr)[:, None]
     else:
-        BYTES: tl.constexpr = COLS // 2
-        GROUPS: tl.constexpr = (COLS + GROUP - 1) // GROUP
-        byte_b = first_col // 2 + tl.arange(0, BYTES)
+        # A tile lies in one group of columns, so its scales are a vector: as a matrix of one column they
+        # would be loaded once for every column of a thread.
+        tl.static_assert(COLS <= GROUP)
+        byte_b = first_col // 2 + tl.arange(0, COLS // 2)
         pair_rb = load_masked(
             codes_ptr + row_r1 * stride_wr + byte_b[None, :] * stride_wc,
             mask_r[:, None],
@@ -125,21 +126,10 @@ def load_decoded(
             EVEN_ROWS,
             C % COLS == 0,
         )
-        group_g = first_col // GROUP + tl.arange(0, GROUPS)
-        scale_rg = load_masked(
-            scales_ptr + row_r1 * stride_sr + group_g[None, :] * stride_sg,
-            mask_r[:, None],
-            (group_g < (C + GROUP - 1) // GROUP)[None, :],
-            EVEN_ROWS,
-            C % COLS == 0,
-        ).to(tl.float32)
         code_rc = tl.reshape(tl.join(pair_rb & 15, pair_rb >> 4), (ROWS, COLS))
         value_rc = nf4_values(code_rc, ROWS, COLS)
-        if GROUPS == 1:
-            value_rc *= scale_rg
-        else:
-            by_group = tl.reshape(value_rc, (ROWS, GROUPS, COLS // GROUPS)) * scale_rg[:, :, None]
-            value_rc = tl.reshape(by_group, (ROWS, COLS))
+        group_ptr = scales_ptr + first_col // GROUP * stride_sg
+        value_rc *= load_row_scales(group_ptr, row_r, mask_r, stride_sr)[:, None]
     return value_rc.to(dtype)
 
 
@@ -211,7 +201,7 @@ def scale_arguments(w: Weights) -> tuple[Any, ...]:
 def decode(w: Quantized, out_ERC: Tensor) -> None:
     """Write the weights [E, R, C] in ``out_ERC``'s dtype, contiguous, each product rounded once."""
     E, R, C = w.shape
-    rows, columns = 32, 128
+    rows, columns = 64, 64
     decode_kernel[(triton.cdiv(R, rows) * triton.cdiv(C, columns), E)](
         w.codes,
         w.scales,
