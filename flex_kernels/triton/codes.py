@@ -29,6 +29,8 @@ from flex_kernels.triton.tiles import Plan, Tile, capability_of, pinned_plan
 Weights = Tensor | Quantized
 # Most rows a tile for which decoding in the main loop is meant: every row tile decodes its weights again.
 IN_LOOP_ROWS = 64
+# Most columns, output or reduced, of such a tile; a tile of 4-bit codes must lie in one group of columns.
+IN_LOOP_COLUMNS = GROUP_COLUMNS
 # Bytes of decoded weights at a time when rows are many.
 STAGED_BYTES = 64 * 2**20
 # Programs a multiprocessor for the plain kernel over a staged part of the experts, where its tile names none:
@@ -236,13 +238,16 @@ def decodes_in_loop(tile: Tile) -> bool:
 def suited(tile: Tile, w: Weights) -> Tile:
     """``tile`` with what the weights ask of it; its rows stay.
 
-    Decoded tiles pass through registers: 64 x 64 at three stages is what compiles without spills for sm_80
-    and sm_90 in every kernel. Codes are read by pointers.
+    Decoded tiles pass through registers: 64 x 64 weights at three stages compile without spills for sm_80 and
+    sm_90 in every kernel. Codes are read by pointers.
     """
     if not isinstance(w, Quantized):
         return tile
     if decodes_in_loop(tile):
-        return replace(tile, n=min(tile.n, 64), k=min(tile.k, 64), warps=4, stages=3, tma=False)
+        if max(tile.n, tile.k) > IN_LOOP_COLUMNS:
+            n, k = min(tile.n, IN_LOOP_COLUMNS), min(tile.k, IN_LOOP_COLUMNS)
+            tile = replace(tile, n=n, k=k, warps=4, stages=3)
+        return replace(tile, tma=False)
     return replace(tile, per_sm=tile.per_sm or STAGED_PER_SM)
 
 
