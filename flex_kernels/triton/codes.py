@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flex_kernels.quantize import GROUP_COLUMNS, NF4_LEVELS, Quantized
+from flex_kernels.triton.common import load_tile
 from flex_kernels.triton.groups import Groups
 from flex_kernels.triton.tiles import Plan, Tile, capability_of, pinned_plan
 
@@ -59,20 +60,6 @@ def nf4_values(code_rc, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def load_masked(pointers, row_mask, col_mask, EVEN_ROWS: tl.constexpr, EVEN_COLS: tl.constexpr):
-    """Integers or scales with zeros outside; the counterpart of ``common.load_tile``."""
-    if EVEN_ROWS and EVEN_COLS:
-        tile = tl.load(pointers)
-    elif EVEN_ROWS:
-        tile = tl.load(pointers, mask=col_mask, other=0)
-    elif EVEN_COLS:
-        tile = tl.load(pointers, mask=row_mask, other=0)
-    else:
-        tile = tl.load(pointers, mask=row_mask & col_mask, other=0)
-    return tile
-
-
-@triton.jit
 def load_row_scales(scales_ptr, row_r, mask_r, stride_sr):
     """Float32 scales of rows, zero where masked; of one column group, whose first scale ``scales_ptr`` is."""
     return tl.load(scales_ptr + row_r.to(tl.int64) * stride_sr, mask=mask_r, other=0.0).to(tl.float32)
@@ -106,7 +93,7 @@ def load_decoded(
     row_r1 = row_r.to(tl.int64)[:, None]
     if KIND == IS_INT8:
         col_c = first_col + tl.arange(0, COLS)
-        code_rc = load_masked(
+        code_rc = load_tile(
             codes_ptr + row_r1 * stride_wr + col_c[None, :] * stride_wc,
             mask_r[:, None],
             (col_c < C)[None, :],
@@ -121,7 +108,7 @@ def load_decoded(
         # would be loaded once for every column of a thread.
         tl.static_assert(COLS <= GROUP)
         byte_b = first_col // 2 + tl.arange(0, COLS // 2)
-        pair_rb = load_masked(
+        pair_rb = load_tile(
             codes_ptr + row_r1 * stride_wr + byte_b[None, :] * stride_wc,
             mask_r[:, None],
             (byte_b < (C + 1) // 2)[None, :],
