@@ -33,11 +33,11 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Quantized:
-    """Weight matrices [..., R, C] as codes and scales; the leading dimension, where there is one, counts experts.
+    """Weight matrices [..., R, C] as codes and scales; a leading dimension counts experts.
 
     Attributes:
-        codes: int8 [..., R, C] for "int8"; uint8 [..., R, ceil(C / 2)] for "nf4", column 2c in the low four bits
-            of byte c, column 2c + 1 in the high four.
+        codes: int8 [..., R, C] for "int8"; uint8 [..., R, ceil(C / 2)] for "nf4", column 2c in the low four
+            bits of byte c, column 2c + 1 in the high four.
         scales: bfloat16, [..., R] for "int8", [..., R, ceil(C / 64)] for "nf4".
         columns: C.
     """
@@ -79,7 +79,7 @@ class Quantized:
 
 
 def quantize(weight: Tensor, kind: Kind) -> Quantized:
-    """Round a float weight [..., R, C] to the nearest codes, the largest of a row or group to the largest level.
+    """Round a float weight [..., R, C] to the nearest codes; the largest of a row or group sets its scale.
 
     Raises:
         TypeError: ``weight`` is not a float tensor of at least two dimensions.

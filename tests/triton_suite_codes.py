@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import make_case, with_fixed_routing
+from cases import LargestTensor, make_case, with_fixed_routing
 from triton_device import DEVICE, DTYPES, poisoned_memory, to_device
-from triton_suite_layer import LargestTensor, agree, run
+from triton_suite_layer import agree, run
 
 from flex_kernels import Experts, Routed, flex_moe
 from flex_kernels.quantize import quantize
