@@ -6,14 +6,15 @@ Letters: T tokens, H hidden, E routed experts, K chosen, I expert width, Is shar
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flex_kernels import Experts, Personal, Router, Shared, flex_moe
+from flex_kernels.quantize import Kind
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ SHAPES = {
     "qwen1.5": Shape(2048, 1408, 60, 4, Is=5632),
     "deepseek": Shape(2048, 1408, 64, 6),
     "olmoe": Shape(2048, 1024, 64, 8),
+    "qwen3": Shape(2048, 768, 128, 8, normalize=True),
     "mixtral": Shape(4096, 14336, 8, 2, normalize=True),
     "demo": Shape(576, 960, 4, 2, normalize=True),
 }
@@ -51,6 +53,13 @@ class Layer:
     down: Tensor
     shared: tuple[Tensor, Tensor, Tensor] | None
     personal: tuple[Tensor, Tensor, Tensor, Tensor]
+    coded: dict[Kind, Experts] = field(default_factory=dict)
+
+    def quantized(self, kind: Kind) -> Experts:
+        """The experts in 8 or 4 bits; made at the first call and kept."""
+        if kind not in self.coded:
+            self.coded[kind] = Experts.quantize(self.gate_up, self.down, kind)
+        return self.coded[kind]
 
 
 def make_layer(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Layer:
@@ -76,9 +85,11 @@ def make_layer(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Layer:
     return Layer(shape, normal(shape.E, shape.H), gate_up, down, shared, personal)
 
 
-def flex_layer(layer: Layer, save: str, with_personal: bool) -> Callable[[Tensor], Tensor]:
+def flex_layer(
+    layer: Layer, save: str, with_personal: bool, kind: Kind | None = None
+) -> Callable[[Tensor], Tensor]:
     router = Router(layer.router, layer.shape.K, normalize=layer.shape.normalize)
-    experts = Experts(layer.gate_up, layer.down)
+    experts = Experts(layer.gate_up, layer.down) if kind is None else layer.quantized(kind)
     shared = None if layer.shared is None else Shared(*layer.shared)
     personal = Personal(*layer.personal) if with_personal else None
     return lambda x: flex_moe(x, router, experts, personal, shared, save=save, backend="cpu")  # type: ignore[arg-type]
@@ -146,10 +157,15 @@ def dense_layer(layer: Layer, with_personal: bool) -> Callable[[Tensor], Tensor]
     return lambda x: F.linear(F.linear(x, gate_up)[:, :width], down)
 
 
-def implementations(layer: Layer, with_personal: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+def implementations(
+    layer: Layer, with_personal: bool, kinds: Sequence[Kind] = ()
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Every implementation by name; quantised experts of ``kinds`` with save="preact"."""
+    quantized = {f"flex {kind}": flex_layer(layer, "preact", with_personal, kind) for kind in kinds}
     return {
         "flex recompute": flex_layer(layer, "recompute", with_personal),
         "flex preact": flex_layer(layer, "preact", with_personal),
+        **quantized,
         "transformers eager": stock_layer(layer, "eager", with_personal),
         "transformers grouped_mm": stock_layer(layer, "grouped_mm", with_personal),
         "dense gemm": dense_layer(layer, with_personal),

@@ -19,17 +19,29 @@ from flex_kernels import Experts, Personal, Routed, Router, Shared, flex_moe, re
 
 # The allowed error, as a multiple of what plain torch loses in the same type.
 MULTIPLE = 2.0
-# (T, H, I, E, K, shared width, routing): odd sizes first, then the sizes of real layers.
+# (T, H, I, E, K, shared width, routing, routed weights): odd sizes first, then the sizes of real layers.
 SIZES = (
-    (77, 200, 72, 60, 6, 40, "router"),
-    (1, 2048, 1408, 60, 4, 5632, "router"),
-    (129, 2048, 1408, 60, 4, 5632, "one-hot"),
-    (1000, 2048, 1024, 64, 8, 0, "skip"),
-    (2048, 2048, 1408, 60, 4, 5632, "router"),
-    (1024, 4096, 1792, 8, 2, 0, "router"),
-    (33, 72, 40, 512, 16, 0, "router"),
+    (77, 200, 72, 60, 6, 40, "router", "plain"),
+    (1, 2048, 1408, 60, 4, 5632, "router", "plain"),
+    (129, 2048, 1408, 60, 4, 5632, "one-hot", "plain"),
+    (1000, 2048, 1024, 64, 8, 0, "skip", "plain"),
+    (2048, 2048, 1408, 60, 4, 5632, "router", "plain"),
+    (1024, 4096, 1792, 8, 2, 0, "router", "plain"),
+    (33, 72, 40, 512, 16, 0, "router", "plain"),
 )
-TINY = ((9, 24, 12, 5, 2, 8, "router"), (6, 24, 12, 5, 2, 0, "one-hot"), (6, 24, 12, 5, 2, 0, "skip"))
+# Few rows an expert, decoded in the main loop; and many, decoded a part of the experts at a time.
+QUANTISED_SIZES = (
+    (77, 200, 72, 60, 6, 40, "router", "int8"),
+    (77, 200, 72, 60, 6, 40, "router", "nf4"),
+    (2048, 2048, 1408, 60, 4, 5632, "router", "int8"),
+    (2048, 2048, 1408, 60, 4, 5632, "router", "nf4"),
+)
+TINY = (
+    (9, 24, 12, 5, 2, 8, "router", "plain"),
+    (6, 24, 12, 5, 2, 0, "one-hot", "plain"),
+    (6, 24, 12, 5, 2, 0, "skip", "plain"),
+)
+QUANTISED_TINY = ((9, 24, 12, 5, 2, 8, "router", "int8"), (6, 24, 12, 5, 2, 0, "skip", "nf4"))
 
 
 @contextmanager
@@ -44,7 +56,7 @@ def poisoned() -> Iterator[None]:
 
 
 def random_layer(sizes: tuple, device: str, dtype: torch.dtype, seed: int) -> tuple:
-    T, H, I, E, K, Is, routing = sizes
+    T, H, I, E, K, Is, routing, kind = sizes
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -59,7 +71,9 @@ def random_layer(sizes: tuple, device: str, dtype: torch.dtype, seed: int) -> tu
     own = Personal(normal(2 * I, H), normal(H, I), normal(H).float(), torch.tensor(0.1, device=device))
     common = Shared(normal(2 * Is, H), normal(H, Is), normal(H)) if Is else None
     x = torch.randn(T, H, device=device, generator=generator).to(dtype)
-    return x, router, Experts(normal(E, 2 * I, H), normal(E, H, I)), own, common
+    gate_up, down = normal(E, 2 * I, H), normal(E, H, I)
+    experts = Experts(gate_up, down) if kind == "plain" else Experts.quantize(gate_up, down, kind)
+    return x, router, experts, own, common
 
 
 def converted(record: Any, dtype: torch.dtype) -> Any:

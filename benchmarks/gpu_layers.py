@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.roofline import Layer
 from flex_kernels import Experts, Personal, Routed, Shared, flex_moe
+from flex_kernels.quantize import KINDS, Kind
 
 Forward = Callable[[Tensor], Tensor]
 # What a kernel or a peer that does not work on this machine raises; it is recorded, and the suite goes on.
@@ -64,6 +65,12 @@ def ours(p: Problem, backend: str, save: str) -> Forward:
     return lambda x: flex_moe(
         x, Routed(p.ids_TK, p.weights_TK), Experts(p.gate_up_E2IH, p.down_EHI), save=save, backend=backend
     )
+
+
+def ours_quantised(p: Problem, backend: str, kind: Kind) -> Forward:
+    """The same experts rounded to 8 or 4 bits: another layer's values, at another size in memory."""
+    experts, routed = Experts.quantize(p.gate_up_E2IH, p.down_EHI, kind), Routed(p.ids_TK, p.weights_TK)
+    return lambda x: flex_moe(x, routed, experts, backend=backend)
 
 
 def ours_complete(p: Problem, backend: str, save: str) -> Forward:
@@ -139,13 +146,18 @@ def dense(p: Problem) -> Forward:
     return forward
 
 
-def contenders(p: Problem, backends: list[str]) -> dict[str, Callable[[], Forward]]:
+def contenders(p: Problem, backends: list[str], quantised: bool = False) -> dict[str, Callable[[], Forward]]:
     """Builders by name: ours first, then what a user could choose instead. A missing peer raises
-    ImportError."""
+    ImportError. ``quantised`` adds 8- and 4-bit experts on the first backend."""
     found: dict[str, Callable[[], Forward]] = {}
     for backend in backends:
         for save in ("recompute", "preact"):
             found[f"flex {backend} {save}"] = lambda backend=backend, save=save: ours(p, backend, save)
+    for kind in KINDS if quantised else ():
+        for backend in backends[:1]:
+            found[f"flex {backend} recompute, {kind} experts"] = lambda backend=backend, kind=kind: (
+                ours_quantised(p, backend, kind)
+            )
     found["transformers grouped_mm"] = lambda: transformers_experts(p, "grouped_mm")
     found["dense of equal FLOPs"] = lambda: dense(p)
     found["liger fused_moe"] = lambda: liger(p)

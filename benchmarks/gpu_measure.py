@@ -134,12 +134,14 @@ def measure_one(forward: Forward, p: Problem, device: str) -> dict[str, Any]:
     }
 
 
-def measure(p: Problem, backends: list[str], device: str, chip: Chip) -> Iterator[dict[str, Any]]:
+def measure(
+    p: Problem, backends: list[str], device: str, chip: Chip, quantised: bool = False
+) -> Iterator[dict[str, Any]]:
     """One record a contender: its figures, or why it could not run."""
     tokens = p.x_TH.shape[0]
     routed = replace(p.layer, Is=0)
     forward_work, both_work = forward_flops(routed, tokens), 2 * forward_flops(routed, tokens)
-    for name, build in contenders(p, backends).items():
+    for name, build in contenders(p, backends, quantised).items():
         record: dict[str, Any] = {"layer": p.layer.name, "tokens": tokens, "name": name}
         try:
             forward = build()
@@ -155,6 +157,8 @@ def measure(p: Problem, backends: list[str], device: str, chip: Chip) -> Iterato
         if "shared" not in name:
             record["forward_tflops"] = forward_work / record["forward_ms"] / 1e9
             record["both_tflops"] = both_work / record["both_ms"] / 1e9
+        if not name.endswith(("personal and shared", "int8 experts", "nf4 experts")):
+            # The floor counts 16-bit weights.
             record["floor_forward_ms"] = 1e3 * floor_seconds(routed, tokens, chip)
             record["floor_both_ms"] = 1e3 * floor_seconds(routed, tokens, chip, True)
         yield record

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_checks import SIZES, TINY, check_layers
+from benchmarks.gpu_checks import QUANTISED_SIZES, QUANTISED_TINY, SIZES, TINY, check_layers
 from benchmarks.gpu_layers import FAILURES, make_problem
 from benchmarks.gpu_measure import measure, rates
 from benchmarks.roofline import LAYERS, Chip, Layer
@@ -41,6 +41,10 @@ TOY = Layer("toy", 64, 32, 6, 2, 48)
 CASES = [(layer, tokens, skewed) for tokens, skewed in ((8192, False), (128, False)) for layer in LAYERS]
 CASES += [(layer, tokens, False) for tokens in (1024, 16, 32768) for layer in LAYERS]
 CASES += [(layer, 8192, True) for layer in LAYERS]
+# Tokens for which 8- and 4-bit experts are measured too: decoded in the main loop, and ahead of it.
+QUANTISED_TOKENS = (16, 128, 8192)
+# Of the tests of quantised experts, those that few kernels have to be compiled for.
+QUANTISED_TESTS = "(every_value and bfloat16) or captured or format"
 
 
 class Report:
@@ -125,12 +129,14 @@ def codegen(report: Report, quick: bool) -> None:
 
 def checks(report: Report, names: list[str], device: str) -> None:
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
-    sizes = SIZES if device == "cuda" else TINY
+    plain, quantised = (SIZES, QUANTISED_SIZES) if device == "cuda" else (TINY, QUANTISED_TINY)
     seed = int(time.time())
-    for record in check_layers(names, device, sizes, dtypes, seed):
-        report.add("checks", record | {"seed": seed})
-        if report.left() < 60:
-            return
+    # 8- and 4-bit experts in one type alone: every type compiles kernels of its own.
+    for sizes, types in ((plain, dtypes), (quantised, dtypes[:1])):
+        for record in check_layers(names, device, sizes, types, seed):
+            report.add("checks", record | {"seed": seed})
+            if report.left() < 60:
+                return
 
 
 def offsets_beyond_31_bits(report: Report, names: list[str]) -> None:
@@ -164,7 +170,8 @@ def measurements(report: Report, names: list[str], device: str) -> None:
             report.add("measurements", {"layer": layer.name, "tokens": tokens, "skipped": "out of time"})
             continue
         problem = make_problem(layer, tokens, device, torch.bfloat16, skewed)
-        for record in measure(problem, names, device, chip):
+        quantised = tokens in QUANTISED_TOKENS and not skewed
+        for record in measure(problem, names, device, chip, quantised):
             report.add("measurements", record | {"skewed": skewed})
         del problem
 
@@ -193,6 +200,8 @@ def on_gpu(report: Report) -> None:
     suites = ["tests/triton_suite_kernels.py", "tests/triton_suite_layer.py"]
     cublas = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     command(report, "Triton's tests on the GPU", pytest + suites, 150, **cublas)
+    some = [*pytest, "tests/triton_suite_codes.py", "-k", QUANTISED_TESTS]
+    command(report, "Triton's tests of quantised experts on the GPU", some, 90, **cublas)
     measurements(report, names, "cuda")
     cuda_tests = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_cuda_*.py"))
     command(report, "the CUDA kernels' tests", pytest + cuda_tests, 90)

@@ -10,6 +10,8 @@ the step), so that it counts native scratch as well as tensors; malloc is told t
 Peak extra memory is that of a forward and backward step: it includes the gradients and, in every
 implementation alike, the output.
 
+Quantised experts run with save="preact"; "rates" are what this machine read and multiplied in the same run.
+
 Cases already in the output file are kept: an interrupted run continues where it stopped.
 """
 
@@ -35,6 +37,7 @@ from benchmarks.baselines import (
     make_layer,
 )
 from benchmarks.timing import interleaved, machine, median
+from flex_kernels.quantize import KINDS, Kind
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOKENS = (64, 256, 1024, 2048, 8192)
@@ -55,12 +58,25 @@ def time_case(layer: Layer, tokens: int, mode: str, repeats: int, seconds: float
     "personal"
     (forward and backward to x and to a personal expert)."""
     x_TH, dy_TH = inputs(layer, tokens)
-    runs = implementations(layer, with_personal=mode == "personal")
+    # In other dtypes quantised experts are right, not tuned.
+    kinds: tuple[Kind, ...] = KINDS if layer.router.dtype == torch.bfloat16 and mode != "personal" else ()
+    runs = implementations(layer, mode == "personal", kinds)
     if mode == "forward":
         del runs["flex preact"]
         return interleaved({n: forward_only(r, x_TH) for n, r in runs.items()}, repeats, seconds)
     steps = {n: forward_backward(layer, r, x_TH, dy_TH) for n, r in runs.items()}
     return interleaved(steps, repeats, seconds)
+
+
+def rates() -> dict[str, float]:
+    """Bytes a second that all threads read from memory, and multiply-adds of large products, times two."""
+    memory = torch.ones(1 << 28)
+    matrices = {name: torch.randn(3072, 3072).to(dtype) for name, dtype in DTYPES.items()}
+    runs: dict[str, Callable[[], Any]] = {"read": memory.sum}
+    runs |= {name: lambda m=m: m @ m for name, m in matrices.items()}  # type: ignore[misc]
+    best = {name: min(taken) for name, taken in interleaved(runs, 5, 10.0).items()}
+    found = {f"{name} flop/s": 2 * 3072**3 / best[name] for name in matrices}
+    return {"read bytes/s": memory.nbytes / best["read"], **found}
 
 
 def resident(field: str) -> int:
@@ -143,6 +159,7 @@ def run(
     path = Path(out)
     result = json.loads(path.read_text()) if path.exists() else {"cases": {}, "memory": {}}
     result["machine"] = machine()
+    result["rates"] = rates()
     for shape in shapes:
         for dtype in dtypes:
             if too_large(shape, dtype) or (shape == "mixtral" and dtype == "fp32"):
@@ -184,7 +201,7 @@ def measure_all_memory(
 
 def line(case: dict[str, Any], medians: dict[str, float]) -> str:
     """One line a case: milliseconds, and how many times faster than the better of transformers' two."""
-    flex = min(v for n, v in medians.items() if n.startswith("flex"))
+    flex = min(v for n, v in medians.items() if n in ("flex recompute", "flex preact"))
     stock = min(v for n, v in medians.items() if n.startswith("transformers"))
     times = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in medians.items())
     where = f"{case['shape']} {case['dtype']} T={case['tokens']} {case['mode']}"

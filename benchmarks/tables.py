@@ -34,7 +34,7 @@ def layer_tables(result: dict[str, Any]) -> str:
     for case in result["cases"].values():
         groups.setdefault((case["shape"], case["dtype"], case["mode"]), []).append(case)
     for (shape, dtype, mode), cases in groups.items():
-        names = list(cases[0]["median_seconds"])
+        names = list(max((c["median_seconds"] for c in cases), key=len))
         flex = [n for n in names if n.startswith("flex")]
         header = ["T", *(f"{n}, ms" for n in names), *(f"{n}: times as fast" for n in flex)]
         rows = []
@@ -44,11 +44,13 @@ def layer_tables(result: dict[str, Any]) -> str:
             rows.append(
                 [
                     f"{case['tokens']:,}",
-                    *(f"{1e3 * medians[n]:.1f}" for n in names),
-                    *(f"{best / medians[n]:.2f}" for n in flex),
+                    *(f"{1e3 * medians[n]:.1f}" if n in medians else "" for n in names),
+                    *(f"{best / medians[n]:.2f}" if n in medians else "" for n in flex),
                 ]
             )
         parts.append(f"**{shape}, {dtype}, {MODES[mode]}**\n\n{table(header, rows)}")
+    if "rates" in result:
+        parts.insert(0, rates_line(result["rates"]))
     return "\n\n".join([*parts, memory_table(result["memory"])])
 
 
@@ -68,6 +70,12 @@ def memory_table(memory: dict[str, dict[str, int]]) -> str:
     header = ["", *(f"T={int(t):,}" for t in tokens)]
     title = "Peak extra memory of forward + backward, MiB (in brackets: parts of grouped_mm's)"
     return f"**{title}**\n\n{table(header, rows)}"
+
+
+def rates_line(rates: dict[str, float]) -> str:
+    """What the machine read and multiplied, beside which times are to be read."""
+    products = ", ".join(f"{v / 1e9:.0f} GFLOP/s in {n.split()[0]}" for n, v in rates.items() if "flop" in n)
+    return f"Measured in the same run: {rates['read bytes/s'] / 1e9:.1f} GB/s read, {products}."
 
 
 def federation_table(result: dict[str, Any]) -> str:

@@ -112,8 +112,12 @@ def train_locally(
     device = next(model.parameters()).device
     groups = parameter_groups(model, training, factor)
     parameters = [p for group in groups for p in group["params"]]
+    # One pass over parameters and moments where torch has it, in place of a dozen.
     optimizer = torch.optim.AdamW(
-        groups, betas=(training.beta1, training.beta2), weight_decay=training.weight_decay
+        groups,
+        betas=(training.beta1, training.beta2),
+        weight_decay=training.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
     )
     peak = PeakMemory(device)
     began = time.perf_counter()

@@ -296,7 +296,7 @@ def _(
     )
 
 
-# Positions, among the inputs of ``experts``, of the ten tensors that can have a gradient: all but ids and scales.
+# Positions, among the inputs of ``experts``, of the ten tensors that can have a gradient: not ids and scales.
 DIFFERENTIABLE = (0, 2, 3, 4, 7, 8, 9, 10, 11, 12)
 
 

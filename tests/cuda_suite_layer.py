@@ -14,7 +14,7 @@ from cases import assert_close, make_case, with_fixed_routing
 from cuda_emulation import ON_GPU, emulation_fixture  # noqa: F401
 from triton_device import DEVICE, DTYPES, to_device
 
-from flex_kernels import Routed, reference
+from flex_kernels import Experts, Routed, reference
 from flex_kernels.cuda import ops
 from flex_kernels.layer import fused_moe
 
@@ -50,6 +50,12 @@ def agree(case, mix: str = "add", save: str = "recompute") -> None:
 @pytest.mark.parametrize(("mix", "save"), [("add", "recompute"), ("convex", "preact")])
 def test_every_value_and_gradient_is_as_exact_as_plain_torch(dtype, mix, save):
     agree(with_fixed_routing(make_case(T=21, H=40, E=6, K=3, I=36, dtype=dtype)), mix, save)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_experts_run_on_the_same_products(kind):
+    case = with_fixed_routing(make_case(T=21, H=40, E=6, K=3, I=36))
+    agree(replace(case, experts=Experts.quantize(case.experts.gate_up, case.experts.down, kind)), "convex")
 
 
 @pytest.mark.parametrize(("T", "score"), [(1, "sigmoid"), (66, "softmax"), (9, "sigmoid")])

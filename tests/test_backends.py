@@ -1,5 +1,9 @@
 """backends() tells what this machine can run, and why not the rest."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from cases import make_case
@@ -36,3 +40,19 @@ def test_auto_takes_the_fused_backend_of_the_device(dtype, name):
 
 def test_auto_falls_back_to_the_reference_on_an_unknown_device():
     assert resolve_backend("auto", torch.device("meta"), torch.float32) == "reference"
+
+
+def test_the_environment_chooses_an_instruction_set_or_names_what_can_run():
+    ops = pytest.importorskip("flex_kernels.cpu.native", reason="the native extension is not built")
+    code = "from flex_kernels.cpu import native, ops; print(native.isa())"
+    for name in (ops.isas()[-1], "sse9"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"FLEX_KERNELS_ISA": name},
+            capture_output=True,
+            text=True,
+        )
+        if name == "sse9":
+            assert "FLEX_KERNELS_ISA='sse9' is not one of" in done.stderr and ops.isas()[0] in done.stderr
+        else:
+            assert done.stdout.strip() == name

@@ -1,4 +1,4 @@
-"""The cpu backend on random layers: sizes, dtypes, instruction sets, memory modes and kinds of weights drawn at once.
+"""The cpu backend on random layers: sizes, dtypes, instruction sets, memory modes and kinds of weights.
 
     python tests/test_cpu_random.py 5000       as many cases as you like, from another seed each time
 

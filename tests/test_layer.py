@@ -202,6 +202,25 @@ def test_compile_serves_another_number_of_tokens_without_a_graph_break():
         assert torch.equal(traced(case), layer(case))
 
 
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_inductor_compiles_the_layer_between_its_own_kernels(kind):
+    torch._dynamo.reset()
+    case = make_case(T=33).requiring("x", "personal.gate_up", "personal.gate_weight")
+    if kind:
+        case = replace(case, experts=Experts.quantize(case.experts.gate_up, case.experts.down, kind))
+
+    def block(x):
+        return torch.nn.functional.gelu(layer(replace(case, x_TH=torch.tanh(x)))) * 2
+
+    leaves = [case.x_TH, case.personal.gate_up, case.personal.gate_weight]
+    found = []
+    for f in (torch.compile(block, fullgraph=True), block):
+        y = f(case.x_TH)
+        found.append([y, *torch.autograd.grad(y.sum(), leaves)])
+    for got, want in zip(*found):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     want = run(make_case())

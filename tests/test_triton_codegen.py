@@ -5,6 +5,7 @@ After a wanted change: ``python -m flex_kernels.triton.codegen tests/triton_code
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from flex_kernels.triton import codegen, tiles  # noqa: E402
 
 BASELINE = Path(__file__).parent / "triton_codegen_baseline.json"
 GATHERED = ("up_swiglu", "down_backward")
+CODED = ("int8", "nf4")
 PRODUCTS = ("up_swiglu", "down", "up_backward", "weight_grad", "route")
 
 
@@ -52,8 +54,18 @@ def test_float32_products_stay_off_the_tensor_cores(compiled):
 
 def test_hopper_fetches_weights_with_the_copy_engine(compiled):
     for name, r in compiled.items():
-        if "sm_90 bf16 m128" in name or "sm_90 bf16 m64" in name:
+        if ("sm_90 bf16 m128" in name or "sm_90 bf16 m64" in name) and not name.endswith(CODED):
             assert r.tma_load > 0, f"{name}: {r}"
+
+
+def test_quantised_weights_are_decoded_without_a_table_in_global_memory(compiled):
+    """Such a table would take a load a weight, and keep the codes out of the pipeline of 16-byte copies."""
+    launch, capability = codegen.cases()["sm_80 bf16 m64 down_nf4"]
+    ptx = codegen.compile_launch(launch, capability).asm["ptx"]
+    tile, threads = 64 * 64, 128
+    assert len(re.findall(r"ld\.global", ptx)) < tile // threads
+    assert len(re.findall(r"ld\.shared", ptx)) >= tile // threads
+    assert compiled["sm_80 bf16 m64 down_nf4"].cp_async > 0
 
 
 def test_gathered_rows_are_copied_16_bytes_at_a_time(compiled):

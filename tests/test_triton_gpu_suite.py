@@ -35,6 +35,10 @@ def test_without_a_gpu_the_suite_checks_measures_and_compiles(one_kernel, tmp_pa
     assert [r["name"] for r in found["codegen"]] == ["sm_90 bf16 combine"]
     measured = {r["name"]: r for r in found["measurements"]}
     assert measured["transformers grouped_mm"]["both_ms"] > 0
+    assert {r["sizes"][-1] for r in found["checks"]} == {"plain", "int8", "nf4"}
+    if "cpu" in {r["backend"] for r in found["checks"]}:
+        assert measured["flex cpu recompute, nf4 experts"]["both_ms"] > 0
+        assert "floor_both_ms" not in measured["flex cpu recompute, int8 experts"]
     assert "times say nothing" in found["note"]
 
 
@@ -77,6 +81,22 @@ def test_every_contender_computes_the_same_layer():
         got = build()(p.x_TH)
         want = got if want is None else want
         gpu_suite.torch.testing.assert_close(got, want, msg=name)
+
+
+def test_quantised_contenders_are_the_same_layer_up_to_their_rounding():
+    p = make_problem(roofline.Layer("small", 64, 32, 5, 2), 9, "cpu", gpu_suite.torch.float32)
+    found = contenders(p, ["cpu"], quantised=True)
+    want = found["flex cpu recompute"]()(p.x_TH)
+    for kind, least, most in (("int8", 1e-3, 0.03), ("nf4", 0.03, 0.3)):
+        got = found[f"flex cpu recompute, {kind} experts"]()(p.x_TH)
+        assert least < ((got - want).norm() / want.norm()).item() < most, kind
+    assert not any("experts" in name for name in contenders(p, ["cpu"]))
+
+
+def test_the_tests_that_the_suite_picks_by_name_exist():
+    suite = (gpu_suite.ROOT / "tests" / "triton_suite_codes.py").read_text()
+    for name in ("test_every_value", "captured", "of_the_format"):
+        assert name in suite
 
 
 def test_the_floor_is_arithmetic_for_many_tokens_and_memory_for_few():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SUITES = ("triton_suite_kernels.py", "triton_suite_layer.py")
+SUITES = ("triton_suite_kernels.py", "triton_suite_layer.py", "triton_suite_codes.py")
 
 
 def run_suite(suite: str, interpret: bool) -> None:

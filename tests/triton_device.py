@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from flex_kernels.quantize import Quantized
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter multiplies bfloat16 wrongly, without a word.
@@ -19,7 +21,9 @@ def to_device(case):
     """The case with every tensor on DEVICE."""
 
     def move(record):
-        moved = {k: v.detach().to(DEVICE) for k, v in vars(record).items() if isinstance(v, Tensor)}
+        """A record with its tensors moved, and its quantised weights, which are records of tensors."""
+        held = {k: v for k, v in vars(record).items() if isinstance(v, (Tensor, Quantized))}
+        moved = {k: v.detach().to(DEVICE) if isinstance(v, Tensor) else move(v) for k, v in held.items()}
         return replace(record, **moved)
 
     parts = {n: move(r) for n, r in vars(case).items() if r is not None and not isinstance(r, Tensor)}

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import assert_close, make_case, with_fixed_routing
-from torch.utils._python_dispatch import TorchDispatchMode
+from cases import LargestTensor, assert_close, make_case, with_fixed_routing
 from triton_device import DEVICE, DTYPES, poisoned_memory, to_device
 
 from flex_kernels import Routed, backends, checkpoint_contexts, flex_moe
@@ -119,27 +118,6 @@ def test_two_runs_agree_bit_for_bit():
     case = to_device(make_case(T=17, E=4, K=3))
     first, second = run(case, backend="triton"), run(case, backend="triton")
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements of any tensor that an operation returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            # The interpreter moves storages about as bytes and with set_; neither is a buffer of the layer's.
-            own = (
-                isinstance(t, torch.Tensor)
-                and t.is_floating_point()
-                and func.overloadpacket != torch.ops.aten.set_
-            )
-            if own and not (t._is_view() or func.is_view):
-                self.numel = max(self.numel, t.numel())
-        return out
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -13,22 +13,26 @@ namespace {
 
 using flex::Segment;
 
-inline bool is_thin(const Segment& s) { return s.rows <= kThinRows; }
+inline bool is_thin(const Segment& s, bool forward) {
+  return s.rows <= (forward ? flex::kForwardThinRows : kThinRows);
+}
 
 // How segments are cut: columns of a task by whether it has few rows. No sum depends on it, so it may follow the
 // threads.
 struct Grid {
+  bool forward;
   int64_t wide, thin;
 
-  Grid(const Segment* segments, int64_t count, int64_t block, int threads) : wide(block) {
+  Grid(const Segment* segments, int64_t count, bool forward, int64_t block, int threads)
+      : forward(forward), wide(block) {
     int64_t columns = 0;
-    for (int64_t i = 0; i < count; ++i) columns += is_thin(segments[i]) ? segments[i].width : 0;
+    for (int64_t i = 0; i < count; ++i) columns += is_thin(segments[i], forward) ? segments[i].width : 0;
     constexpr int64_t kUnit = flex::kPartialColumns;
     const int64_t share = pieces(columns, int64_t{4} * threads * kUnit) * kUnit;
     thin = smaller(share < kUnit ? kUnit : share, flex::kThinColumns);
   }
 
-  int64_t columns(const Segment& s) const { return is_thin(s) ? thin : wide; }
+  int64_t columns(const Segment& s) const { return is_thin(s, forward) ? thin : wide; }
   int64_t tasks(const Segment& s) const { return pieces(s.rows, kBlockRows) * pieces(s.width, columns(s)); }
   int64_t tasks(const Segment* segments, int64_t count) const {
     int64_t total = 0;
@@ -54,9 +58,9 @@ inline int64_t longest(const Segment* segments, int64_t count, int64_t hidden, i
 
 // The panels of a task whose segment is not thin: of the gate rows, then of the up rows. `columns`: of a whole task.
 template <class E>
-inline Panels<E> gate_and_up_panels(const Place& place, int64_t hidden, int64_t columns) {
+inline Panels<E> gate_and_up_panels(const Place& place, bool forward, int64_t hidden, int64_t columns) {
   Panels<E> panels(hidden, 2 * columns);
-  if (is_thin(*place.segment)) return panels;
+  if (is_thin(*place.segment, forward)) return panels;
   const Weight<E> gate = gate_up_of<E>(*place.segment).from(place.column, 0);
   panels.add(gate, place.columns, true);
   panels.add(gate.from(place.segment->width, 0), place.columns, true);
@@ -80,18 +84,18 @@ class Queue {
 // Both halves of z for a task: gate in columns [0, lifted) of c, up from column `lifted` on, `lifted` being the task's
 // columns in whole panels.
 template <class E>
-void gate_and_up(const typename E::T* x, int64_t hidden, const Place& place, int64_t whole, float* c, int64_t ldc,
-                 const Workspace& work, const Panels<E>& coming) {
+void gate_and_up(const typename E::T* x, int64_t hidden, const Place& place, bool forward, int64_t whole, float* c,
+                 int64_t ldc, const Workspace& work, const Panels<E>& coming) {
   const Segment& s = *place.segment;
   const int32_t* tokens = address<const int32_t>(s.tokens) + place.first_row;
   const Weight<E> gate = gate_up_of<E>(s).from(place.column, 0), lift = gate.from(s.width, 0);
-  if (is_thin(s)) {
+  if (is_thin(s, forward)) {
     const int64_t lifted = pieces(place.columns, kPanelColumns) * kPanelColumns;
     thin_product<E>(x, hidden, tokens, place.rows, hidden, gate, place.columns, true, c, ldc, work);
     thin_product<E>(x, hidden, tokens, place.rows, hidden, lift, place.columns, true, c + lifted, ldc, work);
     return;
   }
-  product<E>(x, hidden, tokens, place.rows, gate_and_up_panels<E>(place, hidden, whole), c, ldc, work, coming);
+  product<E>(x, hidden, tokens, place.rows, gate_and_up_panels<E>(place, forward, hidden, whole), c, ldc, work, coming);
 }
 
 // a = silu(x gate^T) * (x up^T); keeps both products where the segment asks.
@@ -100,7 +104,7 @@ void up(const void* x, int64_t hidden, const Segment* segments, int64_t count, v
         int threads) {
   using T = typename E::T;
   constexpr int64_t kColumns = kDeepColumns / 2;
-  const Grid grid(segments, count, kColumns, threads);
+  const Grid grid(segments, count, true, kColumns, threads);
   const int64_t tasks = grid.tasks(segments, count);
   Queue queue;
 #pragma omp parallel num_threads(threads)
@@ -111,9 +115,9 @@ void up(const void* x, int64_t hidden, const Segment* segments, int64_t count, v
       const Place place = grid.place(task, segments);
       const Segment& s = *place.segment;
       const int64_t columns = place.columns, lifted = pieces(columns, kPanelColumns) * kPanelColumns;
-      const Panels<E> coming = next < tasks ? gate_and_up_panels<E>(grid.place(next, segments), hidden, kColumns)
+      const Panels<E> coming = next < tasks ? gate_and_up_panels<E>(grid.place(next, segments), true, hidden, kColumns)
                                             : Panels<E>(0, kColumns);
-      gate_and_up<E>(static_cast<const T*>(x), hidden, place, kColumns, work.c, 2 * lifted, work, coming);
+      gate_and_up<E>(static_cast<const T*>(x), hidden, place, true, kColumns, work.c, 2 * lifted, work, coming);
       for (int64_t r = 0; r < place.rows; ++r) {
         const float* gate = work.c + r * 2 * lifted;
         const float* lift = gate + lifted;
@@ -162,7 +166,7 @@ void project(const Segment* segments, int64_t count, int64_t hidden, float* out,
     const Right<E> right = operand(segments[i]);
     const int64_t whole = right.transposed ? kDeepColumns : kWideColumns;
     Panels<E> panels(right.k, whole);
-    if (slice < slices && !is_thin(segments[i]))
+    if (slice < slices && !is_thin(segments[i], right.transposed))
       panels.add(right.transposed ? right.weight.from(column, 0) : right.weight.from(0, column),
                  smaller(whole, smaller((slice + 1) * width, hidden) - column), right.transposed);
     return panels;
@@ -177,7 +181,8 @@ void project(const Segment* segments, int64_t count, int64_t hidden, float* out,
       for (int64_t i = 0; i < count; ++i) {
         const Segment& s = segments[i];
         const Right<E> right = operand(s);
-        const int64_t across = is_thin(s) ? width : right.transposed ? kDeepColumns : kWideColumns;
+        const bool thin = is_thin(s, right.transposed);
+        const int64_t across = thin ? width : right.transposed ? kDeepColumns : kWideColumns;
         for (int64_t column = start; column < end; column += across) {
           const int64_t columns = smaller(across, end - column);
           const int64_t ldc = pieces(columns, kPanelColumns) * kPanelColumns;
@@ -188,7 +193,7 @@ void project(const Segment* segments, int64_t count, int64_t hidden, float* out,
           for (int64_t row = 0; row < s.rows; row += kBlockRows) {
             const int64_t rows = smaller(kBlockRows, s.rows - row);
             const T* from = address<const T>(s.hidden) + row * right.k;
-            if (is_thin(s))
+            if (thin)
               thin_product<E>(from, right.k, nullptr, rows, right.k,
                               right.transposed ? right.weight.from(column, 0) : right.weight.from(0, column), columns,
                               right.transposed, work.c, ldc, work);
@@ -223,7 +228,7 @@ void down_backward(const Segment* segments, int64_t count, int64_t hidden, float
   // A slice reads a stretch of every weight row, each on a page of its own: these want to be long.
   int64_t width = kWideColumns;
   for (int64_t i = 0; i < count; ++i)
-    if (is_thin(segments[i])) width = 2 * flex::kThinColumns;
+    if (is_thin(segments[i], false)) width = 2 * flex::kThinColumns;
   const int64_t share = pieces(hidden, int64_t{2} * threads * kPanelColumns) * kPanelColumns;
   project<E>(segments, count, hidden, dx, scratch, bytes, threads, longest(segments, count, hidden, 2),
              smaller(width, share), [](const Segment& s) {
@@ -237,16 +242,16 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
                  float* partial, void* scratch, int64_t bytes, int threads) {
   using T = typename E::T;
   constexpr int64_t kUnit = flex::kPartialColumns;
-  const Grid grid(segments, count, kBackwardColumns, threads);
+  const Grid grid(segments, count, false, kBackwardColumns, threads);
   const int64_t tasks = grid.tasks(segments, count);
   const auto down_panels = [hidden](const Place& place) {
     Panels<E> panels(hidden, kBackwardColumns);
-    if (!is_thin(*place.segment))
+    if (!is_thin(*place.segment, false))
       panels.add(down_of<E>(*place.segment).from(0, place.column), place.columns, false);
     return panels;
   };
   const auto first_panels = [&](const Place& place) {
-    return place.segment->preact ? down_panels(place) : gate_and_up_panels<E>(place, hidden, kBackwardColumns);
+    return place.segment->preact ? down_panels(place) : gate_and_up_panels<E>(place, false, hidden, kBackwardColumns);
   };
   Queue queue;
 #pragma omp parallel num_threads(threads)
@@ -266,8 +271,8 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
 
       const int64_t lift = pieces(columns, kPanelColumns) * kPanelColumns, da = 2 * lift, across = 3 * lift;
       if (!s.preact)
-        gate_and_up<E>(static_cast<const T*>(x), hidden, place, kBackwardColumns, work.c, across, work, own);
-      if (is_thin(s))
+        gate_and_up<E>(static_cast<const T*>(x), hidden, place, false, kBackwardColumns, work.c, across, work, own);
+      if (is_thin(s, false))
         thin_product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, hidden,
                         down_of<E>(s).from(0, place.column), columns, false, work.c + da, across, work);
       else

@@ -44,10 +44,13 @@ constexpr int64_t kPanelWords = 1 << 16;    // words of weights packed at a time
 constexpr int64_t kDeepColumns = 128;       // columns at a time where weights lie contiguous along the reduced dimension
 constexpr int64_t kWideColumns = 512;       // columns at a time where they lie contiguous along the columns
 constexpr int64_t kBackwardColumns = 128;   // columns of I at a time in up_backward
-constexpr int64_t kBlockRows = 192;         // rows of a product computed at a time
+constexpr int64_t kBlockRows = 384;         // rows of a product computed at a time
 constexpr int64_t kPartialColumns = 64;     // columns of I in a part sum of dscale
 constexpr int64_t kPanelRows = 12;      // rows in registers at a time, at most
-constexpr int64_t kThinRows = 32;       // segments of no more rows go through products that pack nothing (thin.h)
+// Segments of no more rows go through products that pack nothing (thin.h): fewer in forward, where packing reads whole
+// rows of weights and is overlapped best.
+constexpr int64_t kForwardThinRows = 8;
+constexpr int64_t kThinRows = 32;
 constexpr int64_t kThinColumns = 512;   // columns of such a product computed at a time, of each weight matrix
 // Room of a forward segment's hidden rows: I rounded up to this many elements a row. The last segment of a buffer is
 // followed by as many more, which kernels may read.

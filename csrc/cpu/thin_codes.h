@@ -7,10 +7,9 @@
 
 namespace {
 
+constexpr int64_t kMostDotCodeRows = 8;  // beyond, a weight is used often enough to be decoded into a strip once
 constexpr int64_t kGroup = flex::kGroupColumns;
 constexpr int64_t kDotCodeRows = 4, kInt8AxpyRows = 8, kNf4AxpyRows = 5;
-// Beyond this many rows a weight is used often enough to be decoded into a strip once.
-constexpr int64_t kMostDotCodeRows = 8;
 constexpr int64_t kCodeDepth = 64;  // weight rows at a time where they are added up: a page holds a few of them
 
 // Even and odd columns of 64 NF4 codes as bfloat16 levels.

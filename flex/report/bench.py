@@ -13,6 +13,8 @@ LOOKS = {
     # implementation -> (colour, line style, marker)
     "flex recompute": ("#009E73", "-", "o"),
     "flex preact": ("#009E73", "--", "s"),
+    "flex int8": ("#56B4E9", "-.", "P"),
+    "flex nf4": ("#CC79A7", "-.", "X"),
     "transformers eager": ("#E69F00", "-", "^"),
     "transformers grouped_mm": ("#D55E00", "-", "v"),
     "dense gemm": ("#777777", ":", ""),

@@ -102,16 +102,19 @@ def experts_backward(
     attach_preacts(plan, preact_N2I, personal_preact_T2I, shared_preact_T2I)
     tokens = x_TH.shape[0]
 
-    def zeros(needed: bool, like: Tensor | None) -> Tensor | None:
+    def buffer(needed: bool, like: Tensor | None) -> Tensor | None:
         if not needed or like is None:
             return None
-        return torch.zeros(like.shape, dtype=like.dtype if tokens <= WEIGHT_ROWS else torch.float32)
+        if 0 < tokens <= WEIGHT_ROWS:
+            # One product writes all of it.
+            return torch.empty(like.shape, dtype=like.dtype)
+        return torch.zeros(like.shape, dtype=like.dtype if not tokens else torch.float32)
 
     # Stacks keep their own dtype: a second, wider buffer of that size would dwarf everything else.
     dgate_up = torch.zeros_like(gate_up_E2IH) if need_up else None
     ddown = torch.zeros_like(down_EHI) if need_down else None
-    dp_gate_up, dp_down = zeros(need_p_up, personal_gate_up_2IH), zeros(need_p_down, personal_down_HI)
-    ds_gate_up, ds_down = zeros(need_s_up, shared_gate_up_2IH), zeros(need_s_down, shared_down_HI)
+    dp_gate_up, dp_down = buffer(need_p_up, personal_gate_up_2IH), buffer(need_p_down, personal_down_HI)
+    ds_gate_up, ds_down = buffer(need_s_up, shared_gate_up_2IH), buffer(need_s_down, shared_down_HI)
     dscale_N = torch.zeros(ids_TK.numel())
 
     groups: list[Group] = []

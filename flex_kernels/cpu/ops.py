@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import warnings
 from types import ModuleType
 
@@ -14,6 +15,16 @@ if importlib.util.find_spec("flex_kernels._cpu_ops") is not None:
     from flex_kernels.cpu import native
 
     kernels = native
+
+# Runs an instruction set other than the best: "avx512" on a processor with AMX, for example.
+ISA_VARIABLE = "FLEX_KERNELS_ISA"
+if kernels is not fallback and os.environ.get(ISA_VARIABLE):
+    if os.environ[ISA_VARIABLE] not in kernels.isas():
+        raise ValueError(
+            f"{ISA_VARIABLE}={os.environ[ISA_VARIABLE]!r} is not one of what can run here: "
+            f"{', '.join(kernels.isas())}"
+        )
+    kernels.set_isa(os.environ[ISA_VARIABLE])
 
 BUILD_HINT = "build it with `pip install .` or `python setup.py build_ext --inplace` (needs a C++17 compiler)"
 

@@ -33,7 +33,7 @@ class Group:
         scale_n: float32 factor of each row in y.
         preact_n2I: where its pre-activations are kept, or None.
         dscale_n: float32 [n], made by the caller and filled by the backward pass with <dy, E(x)> of each row.
-        dgate_up_2IH, ddown_HI: where weight gradients go (zero to begin with), or None when not asked for.
+        dgate_up_2IH, ddown_HI: where weight gradients go, or None when not asked for.
         everyone: ``tokens_n`` counts up from zero: rows need no gathering.
     """
 

@@ -30,7 +30,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+from flex_kernels.quantize import GROUP_COLUMNS, KINDS, Quantized
+from flex_kernels.triton.tiles import Tile
+
+TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TYPE_NAMES |= {torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8"}
 # Shared memory a program may have: the least of sm_80, sm_86, sm_89 and sm_120 for 80, that of sm_90 for 90.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
 # Shared memory of a multiprocessor; each resident program takes 1 KiB of it for the system.
@@ -233,6 +237,47 @@ def launches_of(
     return found
 
 
+def quantised(kind: str, *shape: int) -> Quantized:
+    """Codes and scales of weights [E, R, C], on the meta device."""
+    *rows, columns = shape
+    if kind == "int8":
+        return Quantized(meta(*shape, dtype=torch.int8), meta(*rows), columns)
+    packed, groups = -(-columns // 2), -(-columns // GROUP_COLUMNS)
+    return Quantized(meta(*rows, packed, dtype=torch.uint8), meta(*rows, groups), columns)
+
+
+def decoding_launches(shape: Shape, tokens: int, tile: Tile, kind: str) -> dict[str, Launch]:
+    """The kernels that read codes, by name: the four products that decode in their loop, and ``decode``
+    itself."""
+    from flex_kernels.triton.codes import decode
+    from flex_kernels.triton.down_backward import down_backward
+    from flex_kernels.triton.grouped_gemm import grouped_gemm
+    from flex_kernels.triton.groups import Groups
+    from flex_kernels.triton.up_swiglu import up_swiglu
+
+    H, I, E, K, T = shape.H, shape.I, shape.E, shape.K, tokens
+    N = T * K
+    x, act, preact = (meta(*s) for s in ((T, H), (N, I), (N, 2 * I)))
+    weights, order = meta(T, K, dtype=torch.float32), meta(N, dtype=torch.int32)
+    gate_up, down = quantised(kind, E, 2 * I, H), quantised(kind, E, H, I)
+    groups = Groups(N, K, tile.m, N // tile.m + E, *(order for _ in range(5)))
+    calls = {
+        "up_swiglu": lambda: up_swiglu(x, gate_up, groups, tile, True, True),
+        "down": lambda: grouped_gemm(act, down, True, groups, tile),
+        "down_backward": lambda: down_backward(
+            x, down, preact, groups, tile, weights, None, True, False, True
+        ),
+        "up_backward": lambda: grouped_gemm(preact, gate_up, False, groups, tile),
+        "decode": lambda: decode(gate_up, meta(E, 2 * I, H)),
+    }
+    found = {}
+    for name, call in calls.items():
+        with recorded_launches() as launches:
+            call()
+        (found[f"{name}_{kind}"],) = launches
+    return found
+
+
 QWEN15_MOE = Shape(H=2048, I=1408, E=60, K=4)
 # Kernels whose code does not depend on the plan: looked at with one plan of each chip.
 PLAN_FREE = ("tile_table", "weight_grad", "combine", "score_grads", "route")
@@ -253,6 +298,19 @@ def cases() -> dict[str, tuple[Launch, int]]:
     for name, launch in launches_of(QWEN15_MOE, 8192, tiles.FLOAT32[64], torch.float32).items():
         if name in ("up_swiglu_preact", "down", "down_backward_personal", "route", "weight_grad"):
             found[f"sm_90 fp32 {name}"] = (launch, 90)
+    return found | decoding_cases()
+
+
+def decoding_cases() -> dict[str, tuple[Launch, int]]:
+    """As :func:`cases`, of the kernels that read 8- or 4-bit codes."""
+    from flex_kernels.triton import tiles
+
+    found = {}
+    for capability, tile in ((80, tiles.AMPERE[64].up), (90, tiles.HOPPER[16].up), (90, tiles.HOPPER[64].up)):
+        for kind in KINDS:
+            for name, launch in decoding_launches(QWEN15_MOE, 8192, tile, kind).items():
+                size = "" if name.startswith("decode") else f" m{tile.m}"
+                found[f"sm_{capability} bf16{size} {name}"] = (launch, capability)
     return found
 
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flex_kernels.triton.codes import Weights, kind_of, load_decoded, pieces, scale_arguments, stored, suited
 from flex_kernels.triton.common import column_halves, expert_rows, load_tile, row_tile_count, tile_coordinates
 from flex_kernels.triton.groups import Groups
 from flex_kernels.triton.tiles import Tile, descriptor, grid_size
@@ -63,7 +64,8 @@ def swiglu_backward(
 @triton.jit(do_not_specialize=["rows"])
 def down_backward_kernel(
     dy_ptr,  # (T, H) contiguous
-    w,  # (E, H, I) of any strides; a tensor descriptor when TMA
+    w,  # (E, H, I), or its codes, of any strides; a tensor descriptor when TMA
+    scales_ptr,  # (E, H) or (E, H, ceil(I / 64)), any strides; unused for plain weights
     z_ptr,  # (N, 2I) contiguous
     dz_ptr,  # (N, 2I) contiguous, or unused
     act_ptr,  # (N, I) contiguous, or unused: c A
@@ -79,6 +81,9 @@ def down_backward_kernel(
     stride_we,
     stride_wh,
     stride_wi,
+    stride_se,
+    stride_sh,
+    stride_sg,
     H: tl.constexpr,
     I: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -89,6 +94,7 @@ def down_backward_kernel(
     WRITE_ACT: tl.constexpr,
     WRITE_DS: tl.constexpr,
     TMA: tl.constexpr,
+    KIND: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -97,8 +103,8 @@ def down_backward_kernel(
     """Grid: any number of programs; program p computes tiles p, p + programs, ... of [BM rows, BN of the I
     columns].
 
-    Reads 2 (BM + BN) H + 4 BM BN bytes and writes 4 BM BN in 16-bit types, and 4 BM for dS, whose parts are
-    summed in a fixed order later: no atomics.
+    Reads 2 (BM + BN) H + 4 BM BN bytes (1 or 1/2 a quantised weight) and writes 4 BM BN in 16-bit types, and
+    4 BM for dS, whose parts are summed in a fixed order later: no atomics.
     """
     N_TILES: tl.constexpr = (I + BN - 1) // BN
     m_tiles = row_tile_count(tile_count_ptr, rows, GROUPED, BM)
@@ -113,13 +119,35 @@ def down_backward_kernel(
         col_n = n * BN + tl.arange(0, BN)
         k_k = tl.arange(0, BK)
         dy_mk = dy_ptr + token_m.to(tl.int64)[:, None] * H + k_k[None, :]
-        if not TMA:
+        if KIND:
+            codes = w + expert.to(tl.int64) * stride_we
+            scales = scales_ptr + expert.to(tl.int64) * stride_se
+        elif not TMA:
             w_kn = w + expert.to(tl.int64) * stride_we + col_n.to(tl.int64)[None, :] * stride_wi
             w_kn += k_k.to(tl.int64)[:, None] * stride_wh
         da_mn = tl.zeros((BM, BN), dtype=tl.float32)
         for k in range(0, H, BK):
             dy_tile = load_tile(dy_mk + k, True, (k_k < H - k)[None, :], True, H % BK == 0)
-            if TMA:
+            if KIND:
+                w_tile = load_decoded(
+                    codes,
+                    scales,
+                    k + k_k,
+                    k + k_k < H,
+                    n * BN,
+                    stride_wh,
+                    stride_wi,
+                    stride_sh,
+                    stride_sg,
+                    dy_ptr.dtype.element_ty,
+                    I,
+                    H % BK == 0,
+                    KIND,
+                    True,
+                    BK,
+                    BN,
+                )
+            elif TMA:
                 w_tile = w.load([expert, k, n * BN]).reshape(BK, BN)
             else:
                 w_tile = load_tile(
@@ -156,7 +184,7 @@ def down_backward_kernel(
 
 def down_backward(
     dy_TH: Tensor,
-    down_EHI: Tensor,
+    down_EHI: Weights,
     preact_N2I: Tensor,
     groups: Groups,
     tile: Tile,
@@ -170,7 +198,7 @@ def down_backward(
 
     Args:
         dy_TH: [T, H], contiguous: the gradient of the layer's output.
-        down_EHI: [E, H, I], any strides.
+        down_EHI: [E, H, I], any strides; plain or quantised.
         preact_N2I: [N, 2I], contiguous, in x's dtype.
         groups: which rows belong to which expert.
         tile: block sizes; ``tile.m`` must be ``groups.block_m``.
@@ -179,39 +207,46 @@ def down_backward(
     """
     _E, H, I = down_EHI.shape
     N = groups.rows
+    tile = suited(tile, down_EHI)
     dz_N2I = torch.empty_like(preact_N2I) if want_preact_grad else preact_N2I.new_empty(0)
     act_NI = preact_N2I.new_empty((N, I) if want_act else (0,))
     ds_BN = torch.empty(
         (triton.cdiv(I, tile.n), N) if want_score_grad else (0,), dtype=torch.float32, device=dy_TH.device
     )
-    w_desc = descriptor(down_EHI, (1, tile.k, tile.n)) if tile.tma else None
-    grid = (grid_size(groups.tile_bound * triton.cdiv(I, tile.n), tile, dy_TH.device),)
-    down_backward_kernel[grid](
-        dy_TH,
-        down_EHI if w_desc is None else w_desc,
-        preact_N2I,
-        dz_N2I,
-        act_NI,
-        ds_BN,
-        score,
-        damp_T,
-        *groups.pointers(),
-        *down_EHI.stride(),
-        H=H,
-        I=I,
-        SLOTS=groups.slots,
-        GROUPED=groups.grouped,
-        HAS_SCORE=score is not None,
-        HAS_DAMP=damp_T is not None,
-        WRITE_DZ=want_preact_grad,
-        WRITE_ACT=want_act,
-        WRITE_DS=want_score_grad,
-        TMA=w_desc is not None,
-        BM=tile.m,
-        BN=tile.n,
-        BK=tile.k,
-        GROUP_M=tile.group,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    for w, rows in pieces(down_EHI, groups, tile, dy_TH.dtype):
+        values = stored(w)
+        w_desc = descriptor(values, (1, tile.k, tile.n)) if tile.tma else None
+        grid = (grid_size(rows.tile_bound * triton.cdiv(I, tile.n), tile, dy_TH.device),)
+        scales, *scale_strides = scale_arguments(w)
+        down_backward_kernel[grid](
+            dy_TH,
+            values if w_desc is None else w_desc,
+            scales,
+            preact_N2I,
+            dz_N2I,
+            act_NI,
+            ds_BN,
+            score,
+            damp_T,
+            *rows.pointers(),
+            *values.stride(),
+            *scale_strides,
+            H=H,
+            I=I,
+            SLOTS=rows.slots,
+            GROUPED=rows.grouped,
+            HAS_SCORE=score is not None,
+            HAS_DAMP=damp_T is not None,
+            WRITE_DZ=want_preact_grad,
+            WRITE_ACT=want_act,
+            WRITE_DS=want_score_grad,
+            TMA=w_desc is not None,
+            KIND=kind_of(w),
+            BM=tile.m,
+            BN=tile.n,
+            BK=tile.k,
+            GROUP_M=tile.group,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     return dz_N2I, act_NI, ds_BN

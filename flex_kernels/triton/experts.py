@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flex_kernels.quantize import Quantized
+from flex_kernels.triton.codes import Weights, decodable
 from flex_kernels.triton.combine import combine
 from flex_kernels.triton.down_backward import down_backward
 from flex_kernels.triton.grouped_gemm import grouped_gemm
@@ -50,17 +52,32 @@ class Block:
     """One set of experts (routed, personal or shared) with its rows and its tiles; E = 1 for a dense
     expert."""
 
-    gate_up_E2IH: Tensor
-    down_EHI: Tensor
+    gate_up_E2IH: Weights
+    down_EHI: Weights
     groups: Groups
     plan: Plan
 
 
+def weights_of(stored: Tensor, scales: Tensor | None, columns: int) -> Weights:
+    """Routed weights as they are, or the codes and scales of quantised ones as one."""
+    return stored if scales is None else Quantized(stored, scales, columns)
+
+
 def routed_block(
-    gate_up_E2IH: Tensor, down_EHI: Tensor, offsets_E1: Tensor, order_N: Tensor, K: int
+    x_TH: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_scales: Tensor | None,
+    down_scales: Tensor | None,
+    offsets_E1: Tensor,
+    order_N: Tensor,
+    K: int,
 ) -> Block:
-    E, H, I = down_EHI.shape
-    plan = plan_for(down_EHI.device, down_EHI.dtype, H, I, E, K, order_N.numel() // K)
+    E, two_I, _ = gate_up.shape
+    H, I = x_TH.shape[1], two_I // 2
+    gate_up_E2IH, down_EHI = weights_of(gate_up, gate_up_scales, H), weights_of(down, down_scales, I)
+    plan = plan_for(x_TH.device, x_TH.dtype, H, I, E, K, order_N.numel() // K)
+    plan = decodable(plan, (gate_up_E2IH, down_EHI), x_TH)
     return Block(gate_up_E2IH, down_EHI, grouped(offsets_E1, order_N, K, plan.m), plan)
 
 
@@ -113,9 +130,10 @@ def experts_forward(
         return torch.empty_like(x_TH), z, zp, zs
     with torch.cuda.device_of(x_TH):
         offsets_E1, order_N, inverse_N = helpers.permute(ids_TK.contiguous(), gate_up_E2IH.shape[0])
-        y_NH, preact_N2I = block_forward(
-            x_TH, routed_block(gate_up_E2IH, down_EHI, offsets_E1, order_N, K), save_preact
+        routed = routed_block(
+            x_TH, gate_up_E2IH, down_EHI, gate_up_scales, down_scales, offsets_E1, order_N, K
         )
+        y_NH, preact_N2I = block_forward(x_TH, routed, save_preact)
         personal_TH, personal_preact = block_forward(
             x_TH, dense_block(personal_gate_up_2IH, personal_down_HI, T), save_preact
         )
@@ -249,7 +267,7 @@ def experts_backward(
         routed = block_backward(
             grad_y_TH,
             x_TH,
-            routed_block(gate_up_E2IH, down_EHI, offsets_E1, order_N, K),
+            routed_block(x_TH, gate_up_E2IH, down_EHI, gate_up_scales, down_scales, offsets_E1, order_N, K),
             preact_N2I,
             weights_TK,
             damp_T,

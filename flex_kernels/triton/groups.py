@@ -95,6 +95,12 @@ class Groups:
             self.rows,
         )
 
+    def of_experts(self, first: int, end: int) -> Groups:
+        """The rows of experts ``first`` .. ``end`` - 1, left in their places; the first is their expert 0."""
+        if self.offsets_E1 is None or self.order_N is None:
+            raise ValueError("a dense expert's rows cannot be split by expert")
+        return grouped(self.offsets_E1[first : end + 1], self.order_N, self.slots, self.block_m)
+
 
 def dense(tokens: int, block_m: int) -> Groups:
     """One expert that owns every token."""

@@ -10,6 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flex_kernels.triton.codes import (
+    IS_INT8,
+    Weights,
+    kind_of,
+    load_decoded,
+    load_row_scales,
+    pieces,
+    scale_arguments,
+    stored,
+    suited,
+)
 from flex_kernels.triton.common import column_halves, expert_rows, load_tile, row_tile_count, tile_coordinates
 from flex_kernels.triton.groups import Groups
 from flex_kernels.triton.tiles import Tile, descriptor, grid_size
@@ -45,7 +56,8 @@ def store_swiglu(
 @triton.jit(do_not_specialize=["rows"])
 def up_swiglu_kernel(
     x_ptr,  # (T, H) contiguous
-    w,  # (E, 2I, H) of any strides; a tensor descriptor when TMA
+    w,  # (E, 2I, H), or its codes, of any strides; a tensor descriptor when TMA
+    scales_ptr,  # (E, 2I) or (E, 2I, ceil(H / 64)), any strides; unused for plain weights
     a_ptr,  # (N, I) contiguous, or unused
     z_ptr,  # (N, 2I) contiguous, or unused
     order_ptr,  # (N,) int32
@@ -58,6 +70,9 @@ def up_swiglu_kernel(
     stride_wi,
     stride_wh,
     up_offset,  # I * stride_wi
+    stride_se,
+    stride_si,
+    stride_sg,
     H: tl.constexpr,
     I: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -65,6 +80,7 @@ def up_swiglu_kernel(
     WRITE_A: tl.constexpr,
     WRITE_Z: tl.constexpr,
     TMA: tl.constexpr,
+    KIND: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -74,8 +90,8 @@ def up_swiglu_kernel(
     columns].
 
     A tile needs two accumulators, gate and up, from one pass over x. Reads 2 (BM + 2 BN) H bytes and writes
-    2 BM BN (and twice that for Z) in 16-bit types. Rows of x are gathered in the load; rows past the expert's
-    end repeat its last row and are not stored.
+    2 BM BN (and twice that for Z) in 16-bit types; quantised weights are 1 or 1/2 byte each. Rows of x are
+    gathered in the load; rows past the expert's end repeat its last row and are not stored.
     """
     N_TILES: tl.constexpr = (I + BN - 1) // BN
     m_tiles = row_tile_count(tile_count_ptr, rows, GROUPED, BM)
@@ -89,14 +105,54 @@ def up_swiglu_kernel(
         col_n = n * BN + tl.arange(0, BN)
         k_k = tl.arange(0, BK)
         x_mk = x_ptr + source_m.to(tl.int64)[:, None] * H + k_k[None, :]
-        if not TMA:
+        if KIND:
+            codes = w + expert.to(tl.int64) * stride_we
+            scales = scales_ptr + expert.to(tl.int64) * stride_se
+        elif not TMA:
             w_kn = w + expert.to(tl.int64) * stride_we + col_n.to(tl.int64)[None, :] * stride_wi
             w_kn += k_k[:, None] * stride_wh
         gate_mn = tl.zeros((BM, BN), dtype=tl.float32)
         up_mn = tl.zeros((BM, BN), dtype=tl.float32)
         for k in range(0, H, BK):
             x_tile = load_tile(x_mk + k, True, (k_k < H - k)[None, :], True, H % BK == 0)
-            if TMA:
+            if KIND:
+                gate_kn = load_decoded(
+                    codes,
+                    scales,
+                    col_n,
+                    col_n < I,
+                    k,
+                    stride_wi,
+                    stride_wh,
+                    stride_si,
+                    stride_sg,
+                    x_ptr.dtype.element_ty,
+                    H,
+                    I % BN == 0,
+                    KIND,
+                    False,
+                    BN,
+                    BK,
+                ).T
+                up_kn = load_decoded(
+                    codes,
+                    scales,
+                    I + col_n,
+                    col_n < I,
+                    k,
+                    stride_wi,
+                    stride_wh,
+                    stride_si,
+                    stride_sg,
+                    x_ptr.dtype.element_ty,
+                    H,
+                    I % BN == 0,
+                    KIND,
+                    False,
+                    BN,
+                    BK,
+                ).T
+            elif TMA:
                 gate_kn = w.load([expert, n * BN, k]).reshape(BN, BK).T
                 up_kn = w.load([expert, I + n * BN, k]).reshape(BN, BK).T
             else:
@@ -106,6 +162,9 @@ def up_swiglu_kernel(
                 w_kn += BK * stride_wh
             gate_mn = tl.dot(x_tile, gate_kn, gate_mn, input_precision="ieee")
             up_mn = tl.dot(x_tile, up_kn, up_mn, input_precision="ieee")
+        if KIND == IS_INT8:
+            gate_mn *= load_row_scales(scales, col_n, col_n < I, stride_si)[None, :]
+            up_mn *= load_row_scales(scales, I + col_n, col_n < I, stride_si)[None, :]
         left_gate, right_gate = column_halves(gate_mn, BM, BN)
         left_up, right_up = column_halves(up_mn, BM, BN)
         store_swiglu(
@@ -127,43 +186,50 @@ def up_swiglu_kernel(
 
 
 def up_swiglu(
-    x_TH: Tensor, gate_up_E2IH: Tensor, groups: Groups, tile: Tile, want_act: bool, want_preact: bool
+    x_TH: Tensor, gate_up_E2IH: Weights, groups: Groups, tile: Tile, want_act: bool, want_preact: bool
 ) -> tuple[Tensor, Tensor]:
     """(A [N, I], Z [N, 2I]) in x's dtype, zero elements where not wanted; rows past the last real one are not
     written.
 
     Args:
         x_TH: [T, H], contiguous.
-        gate_up_E2IH: [E, 2I, H], any strides, gate rows first.
+        gate_up_E2IH: [E, 2I, H], any strides, gate rows first; plain or quantised.
         groups: which rows belong to which expert.
         tile: block sizes; ``tile.m`` must be ``groups.block_m``.
     """
     _E, two_I, H = gate_up_E2IH.shape
     I = two_I // 2
+    tile = suited(tile, gate_up_E2IH)
     act_NI = x_TH.new_empty((groups.rows, I) if want_act else (0,))
     preact_N2I = x_TH.new_empty((groups.rows, two_I) if want_preact else (0,))
-    described = descriptor(gate_up_E2IH, (1, tile.n, tile.k)) if tile.tma else None
-    grid = (grid_size(groups.tile_bound * triton.cdiv(I, tile.n), tile, x_TH.device),)
-    up_swiglu_kernel[grid](
-        x_TH,
-        gate_up_E2IH if described is None else described,
-        act_NI,
-        preact_N2I,
-        *groups.pointers(),
-        *gate_up_E2IH.stride(),
-        I * gate_up_E2IH.stride(1),
-        H=H,
-        I=I,
-        SLOTS=groups.slots,
-        GROUPED=groups.grouped,
-        WRITE_A=want_act,
-        WRITE_Z=want_preact,
-        TMA=described is not None,
-        BM=tile.m,
-        BN=tile.n,
-        BK=tile.k,
-        GROUP_M=tile.group,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    for w, rows in pieces(gate_up_E2IH, groups, tile, x_TH.dtype):
+        values = stored(w)
+        described = descriptor(values, (1, tile.n, tile.k)) if tile.tma else None
+        grid = (grid_size(rows.tile_bound * triton.cdiv(I, tile.n), tile, x_TH.device),)
+        scales, *scale_strides = scale_arguments(w)
+        up_swiglu_kernel[grid](
+            x_TH,
+            values if described is None else described,
+            scales,
+            act_NI,
+            preact_N2I,
+            *rows.pointers(),
+            *values.stride(),
+            I * values.stride(1),
+            *scale_strides,
+            H=H,
+            I=I,
+            SLOTS=rows.slots,
+            GROUPED=rows.grouped,
+            WRITE_A=want_act,
+            WRITE_Z=want_preact,
+            TMA=described is not None,
+            KIND=kind_of(w),
+            BM=tile.m,
+            BN=tile.n,
+            BK=tile.k,
+            GROUP_M=tile.group,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     return act_NI, preact_N2I
