@@ -1,11 +1,12 @@
 # Everything runs in .venv, which scripts/bootstrap makes and keeps up to date.
-.PHONY: help demo test bench lint format typecheck clean setup
+.PHONY: help demo test bench sanitize lint format typecheck clean setup
 ARGS ?=
 
 help:
 	@echo "make demo    train local, FedAvg and FLEx on a real model and print what they cost and reach"
 	@echo "make test    the test suite"
 	@echo "make bench   the layer against transformers on this machine (takes about half an hour)"
+	@echo "make sanitize   the CPU kernels' tests under the address, undefined and thread sanitizers of g++"
 	@echo "make lint    ruff and mypy;  make format  rewrites the files"
 	@echo "ARGS=\"...\"   is passed on:  make demo ARGS=\"--rounds 10\",  make test ARGS=\"-k routing\""
 
@@ -20,6 +21,9 @@ test: setup
 
 bench: setup
 	.venv/bin/flex-moe bench $(ARGS)
+
+sanitize: setup
+	scripts/sanitize $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check .
