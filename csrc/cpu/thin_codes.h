@@ -9,18 +9,31 @@ namespace {
 
 constexpr int64_t kMostDotCodeRows = 8;  // beyond, a weight is used often enough to be decoded into a strip once
 constexpr int64_t kGroup = flex::kGroupColumns;
-constexpr int64_t kDotCodeRows = 4, kInt8AxpyRows = 8, kNf4AxpyRows = 5;
-constexpr int64_t kCodeDepth = 64;  // weight rows at a time where they are added up: a page holds a few of them
+constexpr int64_t kInt8AxpyRows = 8, kNf4AxpyRows = 6;
+constexpr int64_t kCodeDepth = 64;  // weight rows at a time where they are added up
+constexpr int64_t kCodeBytes = 256;  // bytes of each at a time
+
+// Lines of weights that a product fetches while it multiplies, one at a time: a burst would leave memory idle after it.
+struct Coming {
+  const char* at;  // null for none
+  int64_t ld;      // bytes between lines
+
+  // Inlined by force: GCC sees no effect in a function that only prefetches, and drops calls of it.
+  __attribute__((always_inline)) void fetch(int64_t line) const { __builtin_prefetch(at + line * ld, 0, 2); }
+};
 
 // Even and odd columns of 64 NF4 codes as bfloat16 levels.
 struct Levels {
   __m512i even, odd;
 };
 
-// The 16 levels twice: an index is looked up by its low five bits, of which the fifth belongs to the next code.
-inline __m512i nf4_table() {
-  return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(flex::kNf4Levels)));
+// The 16 levels times a scale, twice: an index is looked up by its low five bits, of which the fifth belongs to the next
+// code.
+inline __m512i nf4_table(V levels, V scale) {
+  return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(mul(levels, scale)));
 }
+
+inline V nf4_level_values() { return Float32::load(flex::kNf4Levels); }
 
 inline Levels nf4_levels(__m256i bytes, __m512i table) {
   const __m512i pairs = _mm512_cvtepu8_epi16(bytes);
@@ -53,14 +66,14 @@ void int8_dot(const Weight<BFloat16>& weight, int64_t row, int64_t column, int64
   V sums[R][M];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) sums[r][m] = set1(0.0f);
   const auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       __builtin_prefetch(code + (R + r) * weight.ld + k, 0, 2);
       const __m512i w = int8_words(reinterpret_cast<const int8_t*>(code + r * weight.ld + k), n);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) sums[r][m] = dot_words(sums[r][m], _mm512_loadu_si512(a + m * lda + k / 2), w);
     }
   };
@@ -80,23 +93,24 @@ void nf4_dot(const Weight<BFloat16>& weight, int64_t row, int64_t column, int64_
              float* c, int64_t ldc, bool accumulate) {
   const char* code = weight.byte(row, column);
   const uint16_t* scales = weight.scales + (weight.row + row) * weight.scales_ld + (weight.column + column) / kGroup;
-  const __m512i table = nf4_table();
+  const V levels = nf4_level_values();
   V sums[R][M];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) sums[r][m] = set1(0.0f);
   const auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       __builtin_prefetch(code + (R + r) * weight.ld + k / 2, 0, 2);
-      const Levels w = nf4_levels(thirty_two_bytes(code + r * weight.ld + k / 2, (n + 1) / 2), table);
-      const V s = broadcast_bfloat(scales + r * weight.scales_ld + k / kGroup);
-#pragma GCC unroll 4
+      const V scale = broadcast_bfloat(scales + r * weight.scales_ld + k / kGroup);
+      const Levels w =
+          nf4_levels(thirty_two_bytes(code + r * weight.ld + k / 2, (n + 1) / 2), nf4_table(levels, scale));
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const float* x = a + m * lda + k / 2;
-        const V part = dot_words(dot_words(set1(0.0f), _mm512_loadu_si512(x), w.even), _mm512_loadu_si512(x + W), w.odd);
-        sums[r][m] = fma(part, s, sums[r][m]);
+        sums[r][m] = dot_words(sums[r][m], _mm512_loadu_si512(x), w.even);
+        sums[r][m] = dot_words(sums[r][m], _mm512_loadu_si512(x + W), w.odd);
       }
     }
   };
@@ -110,54 +124,56 @@ void nf4_dot(const Weight<BFloat16>& weight, int64_t row, int64_t column, int64_
     }
 }
 
-// c [M, 32] (+)= a [M, length] times `length` rows of int8 codes; a already carries their scales. c in the order of
-// Packing::plain_words.
+// The bfloat16 words (one, two) of 16 columns of two rows of int8. A float32 that holds an int8 has sixteen zeros below
+// the bfloat16, so that words are put together by a shift.
+inline __m512i int8_pairs(const char* one, const char* two) {
+  const auto values = [](const char* p) __attribute__((always_inline)) {
+    return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))));
+  };
+  return _mm512_or_si512(_mm512_srli_epi32(values(one), 16), values(two));
+}
+
+// c [M, 32] (+)= a [M, length] times `length` rows of int8 codes, kCodeBytes bytes apart and an even number of them; a
+// already carries their scales.
 template <int M>
-void int8_axpy(const Weight<BFloat16>& weight, int64_t row, int64_t column, int64_t length, int64_t columns,
-               const float* a, int64_t lda, float* c, int64_t ldc, bool accumulate) {
+void int8_axpy(const char* code, int64_t length, const float* a, int64_t lda, float* c, int64_t ldc, bool accumulate,
+               Coming coming) {
   V sums[M][2];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
     for (int q = 0; q < 2; ++q) sums[m][q] = accumulate ? Float32::load(c + m * ldc + q * W) : set1(0.0f);
-  const auto* code = reinterpret_cast<const int8_t*>(weight.byte(row, column));
-  const auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-    const __m512i one = int8_words(code + k * weight.ld, n);
-    const __m512i two = k + 1 < length ? int8_words(code + (k + 1) * weight.ld, n) : _mm512_setzero_si512();
-    const __m512i low = _mm512_unpacklo_epi16(one, two), high = _mm512_unpackhi_epi16(one, two);
+  for (int64_t k = 0; k < length; k += 2, code += 2 * kCodeBytes) {
+    if (coming.at) coming.fetch(k), coming.fetch(k + 1);
+    const __m512i low = int8_pairs(code, code + kCodeBytes), high = int8_pairs(code + W, code + W + kCodeBytes);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const __m512i word = _mm512_castps_si512(set1(a[m * lda + k / 2]));
       sums[m][0] = dot_words(sums[m][0], word, low);
       sums[m][1] = dot_words(sums[m][1], word, high);
     }
-  };
-  if (columns >= 32)
-    for (int64_t k = 0; k < length; k += 2) step(k, 32);
-  else
-    for (int64_t k = 0; k < length; k += 2) step(k, columns);
+  }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
     for (int q = 0; q < 2; ++q) Float32::store(c + m * ldc + q * W, sums[m][q]);
 }
 
-// c [M, 64] (+)= a [M, length] times `length` rows of NF4 codes of one group; a already carries their scales. c in the
-// order that settle_nf4 undoes.
+// c [M, 64] (+)= a [M, length] times `length` rows of NF4 codes of one group, kCodeBytes bytes apart and an even number
+// of them; a already carries their scales. c in the order that settle_nf4 undoes.
 template <int M>
-void nf4_axpy(const Weight<BFloat16>& weight, int64_t row, int64_t column, int64_t length, int64_t columns,
-              const float* a, int64_t lda, float* c, int64_t ldc, bool accumulate) {
-  const __m512i table = nf4_table();
+void nf4_axpy(const char* code, int64_t length, const float* a, int64_t lda, float* c, int64_t ldc, bool accumulate,
+              Coming coming) {
+  const __m512i table = nf4_table(nf4_level_values(), set1(1.0f));
   V sums[M][4];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) sums[m][q] = accumulate ? Float32::load(c + m * ldc + q * W) : set1(0.0f);
-  const char* code = weight.byte(row, column);
-  const auto step = [&](int64_t k, int64_t bytes) __attribute__((always_inline)) {
-    const Levels one = nf4_levels(thirty_two_bytes(code + k * weight.ld, bytes), table);
-    Levels two{_mm512_setzero_si512(), _mm512_setzero_si512()};
-    if (k + 1 < length) two = nf4_levels(thirty_two_bytes(code + (k + 1) * weight.ld, bytes), table);
+  for (int64_t k = 0; k < length; k += 2, code += 2 * kCodeBytes) {
+    if (coming.at) coming.fetch(k), coming.fetch(k + 1);
+    const Levels one = nf4_levels(thirty_two_bytes(code, 32), table);
+    const Levels two = nf4_levels(thirty_two_bytes(code + kCodeBytes, 32), table);
     const __m512i words[4] = {_mm512_unpacklo_epi16(one.even, two.even), _mm512_unpackhi_epi16(one.even, two.even),
                               _mm512_unpacklo_epi16(one.odd, two.odd), _mm512_unpackhi_epi16(one.odd, two.odd)};
 #pragma GCC unroll 8
@@ -166,11 +182,7 @@ void nf4_axpy(const Weight<BFloat16>& weight, int64_t row, int64_t column, int64
 #pragma GCC unroll 4
       for (int q = 0; q < 4; ++q) sums[m][q] = dot_words(sums[m][q], word, words[q]);
     }
-  };
-  if (columns >= kGroup)
-    for (int64_t k = 0; k < length; k += 2) step(k, 32);
-  else
-    for (int64_t k = 0; k < length; k += 2) step(k, (columns + 1) / 2);
+  }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
@@ -215,49 +227,96 @@ inline void split_even_odd(float* row, int64_t words) {
 
 using CodeDot = void (*)(const Weight<BFloat16>&, int64_t, int64_t, int64_t, const float*, int64_t, float*, int64_t,
                          bool);
-using CodeAxpy = void (*)(const Weight<BFloat16>&, int64_t, int64_t, int64_t, int64_t, const float*, int64_t, float*,
-                          int64_t, bool);
+using CodeAxpy = void (*)(const char*, int64_t, const float*, int64_t, float*, int64_t, bool, Coming);
 
-inline CodeDot code_dot(bool nf4, bool four, int64_t rows) {
-  static const CodeDot table[2][2][kDotCodeRows] = {
-      {{int8_dot<1, 1>, int8_dot<1, 2>, int8_dot<1, 3>, int8_dot<1, 4>},
-       {int8_dot<4, 1>, int8_dot<4, 2>, int8_dot<4, 3>, int8_dot<4, 4>}},
-      {{nf4_dot<1, 1>, nf4_dot<1, 2>, nf4_dot<1, 3>, nf4_dot<1, 4>},
-       {nf4_dot<4, 1>, nf4_dot<4, 2>, nf4_dot<4, 3>, nf4_dot<4, 4>}}};
-  return table[nf4][four][rows - 1];
+// Rows of weights at a time with so many rows: as many sums as fit in the registers.
+inline int64_t dot_weights(int64_t rows) { return rows > 4 ? 2 : 4; }
+
+template <int... M>
+struct CodeDots {
+  static constexpr CodeDot one[2][8] = {{int8_dot<1, M>...}, {nf4_dot<1, M>...}};
+  static constexpr CodeDot several[2][8] = {{int8_dot<(M > 4 ? 2 : 4), M>...}, {nf4_dot<(M > 4 ? 2 : 4), M>...}};
+};
+
+// dot_weights(rows) rows of the weight at a time, or one.
+inline CodeDot code_dot(bool nf4, bool several, int64_t rows) {
+  using Dots = CodeDots<1, 2, 3, 4, 5, 6, 7, 8>;
+  return several ? Dots::several[nf4][rows - 1] : Dots::one[nf4][rows - 1];
 }
 
 inline CodeAxpy code_axpy(bool nf4, int64_t rows) {
   static const CodeAxpy eight[] = {int8_axpy<1>, int8_axpy<2>, int8_axpy<3>, int8_axpy<4>,
                                    int8_axpy<5>, int8_axpy<6>, int8_axpy<7>, int8_axpy<8>};
-  static const CodeAxpy four[] = {nf4_axpy<1>, nf4_axpy<2>, nf4_axpy<3>, nf4_axpy<4>, nf4_axpy<5>};
+  static const CodeAxpy four[] = {nf4_axpy<1>, nf4_axpy<2>, nf4_axpy<3>, nf4_axpy<4>, nf4_axpy<5>, nf4_axpy<6>};
   return nf4 ? four[rows - 1] : eight[rows - 1];
 }
+
+// Bytes of a row in whole vectors, zeros after the last.
+inline void copy_bytes(const char* from, int64_t bytes, char* to) {
+  int64_t i = 0;
+  for (; i + 64 <= bytes; i += 64) _mm512_store_si512(to + i, _mm512_loadu_si512(from + i));
+  const auto rest = static_cast<__mmask64>((uint64_t{1} << (bytes - i)) - 1);
+  if (i < kCodeBytes) _mm512_store_si512(to + i, _mm512_maskz_loadu_epi8(rest, from + i));
+}
+
+// Scales of kCodeDepth rows by group, those of even rows apart from those of odd ones; zeros beyond the rows.
+struct GroupScales {
+  static constexpr int64_t kGroups = 32;  // at a time
+  alignas(64) float of[2][kGroups][kCodeDepth / 2];
+
+  void load(const Weight<BFloat16>& weight, int64_t row, int64_t depth, int64_t group, int64_t groups) {
+    const auto mask = static_cast<__mmask32>((uint64_t{1} << smaller(kGroups, groups)) - 1);
+    for (int64_t first = 0; first < kCodeDepth; first += 32)
+      for (int parity = 0; parity < 2; ++parity) {
+        __m512i r[16];
+        for (int i = 0; i < 16; ++i) {
+          const int64_t at = first + 2 * i + parity;
+          const uint16_t* scales = weight.scales + (weight.row + row + at) * weight.scales_ld + group;
+          r[i] = at < depth ? _mm512_maskz_loadu_epi16(mask, scales) : _mm512_setzero_si512();
+        }
+        transpose(r);
+        for (int i = 0; i < 16; ++i) {
+          _mm512_store_si512(of[parity][2 * i] + first / 2, _mm512_slli_epi32(r[i], 16));
+          _mm512_store_si512(of[parity][2 * i + 1] + first / 2,
+                             _mm512_and_si512(r[i], _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+        }
+      }
+  }
+};
 
 // c (+)= the rows, packed at `a` as they are, times the weight's rows from k0 on; plain (see thin_product).
 inline void add_code_rows(const Weight<BFloat16>& weight, int64_t k0, int64_t length, int64_t rows, int64_t columns,
                           const float* a, int64_t lda, float* c, int64_t ldc) {
   const bool nf4 = weight.kind == flex::kNf4;
-  const int64_t wide = nf4 ? kGroup : kPanelColumns;
-  alignas(64) float scaled[kThinRows][kCodeDepth / 2], even[kCodeDepth / 2], odd[kCodeDepth / 2];
-  const auto scale_rows = [&](int64_t d, int64_t depth, int64_t group) {
-    for (int64_t i = 0; i < kCodeDepth / 2; ++i) {
-      even[i] = 2 * i < depth ? weight.scale(k0 + d + 2 * i, group) : 0.0f;
-      odd[i] = 2 * i + 1 < depth ? weight.scale(k0 + d + 2 * i + 1, group) : 0.0f;
-    }
-    for (int64_t r = 0; r < rows; ++r) scale_words(a + r * lda + d / 2, even, odd, scaled[r], kCodeDepth / 2);
+  const int64_t wide = nf4 ? kGroup : kPanelColumns, stretch = nf4 ? 2 * kCodeBytes : kCodeBytes;
+  alignas(64) float scaled[kThinRows][kCodeDepth / 2];
+  alignas(64) char codes[kCodeDepth * kCodeBytes];
+  GroupScales scales;
+  const auto scale_rows = [&](int64_t d, int64_t group) {
+    for (int64_t r = 0; r < rows; ++r)
+      scale_words(a + r * lda + d / 2, scales.of[0][group], scales.of[1][group], scaled[r], kCodeDepth / 2);
   };
   for (int64_t d = 0; d < length; d += kCodeDepth) {
-    const int64_t depth = smaller(kCodeDepth, length - d);
-    if (!nf4) scale_rows(d, depth, 0);
-    for (int64_t j = 0; j < columns; j += wide) {
-      if (nf4) scale_rows(d, depth, (weight.column + j) / kGroup);
-      for (int64_t i = 0; i < depth && j % 128 == 0; ++i)
-        weight.prefetch(k0 + d + kCodeDepth + i, j, smaller(128, columns - j));
-      evenly(rows, nf4 ? kNf4AxpyRows : kInt8AxpyRows, [&](int64_t m, int64_t some) {
-        code_axpy(nf4, some)(weight, k0 + d, j, depth, columns - j, scaled[m], kCodeDepth / 2, c + m * ldc + j, ldc,
-                             k0 + d > 0);
-      });
+    const int64_t depth = smaller(kCodeDepth, length - d), pairs = pieces(depth, 2) * 2;
+    if (!nf4) {
+      scales.load(weight, k0 + d, depth, 0, 1);
+      scale_rows(d, 0);
+    }
+    for (int64_t start = 0; start < columns; start += stretch) {
+      const int64_t some = smaller(stretch, columns - start), bytes = nf4 ? pieces(some, 2) : some;
+      const int64_t group = start / kGroup % GroupScales::kGroups;
+      if (nf4 && !group)
+        scales.load(weight, k0 + d, depth, (weight.column + start) / kGroup, pieces(columns - start, kGroup));
+      for (int64_t i = 0; i < pairs; ++i)
+        copy_bytes(weight.byte(k0 + d + i, start), i < depth ? bytes : 0, codes + i * kCodeBytes);
+      for (int64_t j = 0; j < some; j += wide) {
+        if (nf4) scale_rows(d, group + j / kGroup);
+        const Coming coming{weight.byte(k0 + d + kCodeDepth, start + j), weight.ld};
+        evenly(rows, nf4 ? kNf4AxpyRows : kInt8AxpyRows, [&](int64_t m, int64_t count) {
+          code_axpy(nf4, count)(codes + (nf4 ? j / 2 : j), pairs, scaled[m], kCodeDepth / 2,
+                                c + m * ldc + start + j, ldc, k0 + d > 0, m || j / wide % 2 ? Coming{} : coming);
+        });
+      }
     }
   }
 }
@@ -286,18 +345,15 @@ inline bool thin_codes<BFloat16>(const uint16_t* base, int64_t lda, const int32_
       add_code_rows(weight, k0, length, rows, columns, work.b, stride, c, ldc);
       continue;
     }
+    const int64_t most = dot_weights(rows);
     for (int64_t j = 0, some; j < columns; j += some) {
-      some = j + 4 <= columns ? 4 : 1;
-      evenly(rows, kDotCodeRows, [&](int64_t m, int64_t count) {
-        code_dot(nf4, some == 4, count)(weight, j, k0, length, work.b + m * stride, stride, c + m * ldc + j, ldc,
-                                        k0 > 0);
-      });
+      some = j + most <= columns ? most : 1;
+      code_dot(nf4, some > 1, rows)(weight, j, k0, length, work.b, stride, c + j, ldc, k0 > 0);
     }
   }
-  if (!transposed)
+  if (!transposed && nf4)
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < columns; j += nf4 ? kGroup : kPanelColumns)
-        nf4 ? settle_nf4(c + r * ldc + j) : Packing<BFloat16>::settle(c + r * ldc + j);
+      for (int64_t j = 0; j < columns; j += kGroup) settle_nf4(c + r * ldc + j);
   return true;
 }
 

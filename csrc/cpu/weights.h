@@ -38,6 +38,8 @@ struct Weight {
     if (stored()) return reinterpret_cast<const char*>(at(r, c));
     return data + (row + r) * ld + (kind == flex::kNf4 ? (column + c) / 2 : column + c);
   }
+  // Bytes between rows.
+  int64_t bytes() const { return stored() ? ld * static_cast<int64_t>(sizeof(T)) : ld; }
   float scale(int64_t r, int64_t group) const { return widen(scales[(row + r) * scales_ld + group]); }
 
   // out[i] = element (r, c + i) for i < n, with column + c a multiple of 2 W.

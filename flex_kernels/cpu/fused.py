@@ -26,7 +26,7 @@ MOST_ROWS = 2048
 USUAL_CACHE = 16 << 20
 
 
-@dataclass
+@dataclass(slots=True)
 class Segment:
     """Rows [start, end) of a group; ``at`` is where its hidden rows start in the buffer of its batch, in
     elements of the forward pass.
@@ -43,7 +43,7 @@ class Segment:
 
     @property
     def width(self) -> int:
-        return self.group.down_HI.shape[1]
+        return self.group.width
 
     @property
     def elements(self) -> int:
@@ -85,7 +85,7 @@ def bytes_read_twice(group: Group) -> int:
     Zero where it does not (``gate_up`` is read for z and again for dx), where arithmetic outweighs reading
     (many rows), and where the cache cannot hold them anyway.
     """
-    if group.preact_n2I is not None or group.tokens_n.shape[0] > ops.kernels.THIN_ROWS:
+    if group.preact_n2I is not None or group.rows > ops.kernels.THIN_ROWS:
         return 0
     size = group.gate_up_2IH.nbytes + group.down_HI.nbytes
     return size if size < cache_bytes() else 0
@@ -97,7 +97,7 @@ def batches(groups: list[Group], most_bytes: int | None = None) -> list[list[Seg
 
     A group whose weights need gradients stays in one piece up to WEIGHT_ROWS: its gradient is one product.
     """
-    sizes = [(g.tokens_n.shape[0], room(g.down_HI.shape[1])) for g in groups]
+    sizes = [(g.rows, room(g.width)) for g in groups]
     total, widest = sum(n * i for n, i in sizes), max((i for _, i in sizes), default=0)
     budget = min(max(total // PARTS, FEWEST_ROWS * widest), MOST_ROWS * widest)
     done: list[list[Segment]] = []
@@ -108,24 +108,25 @@ def batches(groups: list[Group], most_bytes: int | None = None) -> list[list[Seg
         whole = group.dgate_up_2IH is not None or group.ddown_HI is not None
         most = WEIGHT_ROWS if whole else max(1, budget // max(1, width))
         for start in range(0, rows, most):
-            segment = Segment(group, start, min(start + most, rows), used)
+            end = min(start + most, rows)
+            elements = (end - start) * width
             crowded = most_bytes is not None and again and held + again > most_bytes
-            if batch and (used + segment.elements > budget or crowded):
+            if batch and (used + elements > budget or crowded):
                 done.append(batch)
-                batch, used, held, segment.at = [], 0, 0, 0
-            batch.append(segment)
-            used += segment.elements
+                batch, used, held = [], 0, 0
+            batch.append(Segment(group, start, end, used))
+            used += elements
             held += again
     return [*done, batch] if batch else done
 
 
 def widest_batch(work: list[list[Segment]]) -> int:
-    return max((sum(s.elements for s in batch) for batch in work), default=0)
+    return max((batch[-1].at + batch[-1].elements for batch in work), default=0)
 
 
 def make_scratch(groups: list[Group], hidden: int, factor: int) -> object:
-    longest = max([hidden, *(factor * g.down_HI.shape[1] for g in groups)])
-    return ops.kernels.Scratch(longest, max((g.tokens_n.shape[0] for g in groups), default=0))
+    longest = max([hidden, *(factor * g.width for g in groups)])
+    return ops.kernels.Scratch(longest, max((g.rows for g in groups), default=0))
 
 
 def weight_words(weight: Tensor | Quantized) -> list[int]:

@@ -35,6 +35,7 @@ class Group:
         dscale_n: float32 [n], made by the caller and filled by the backward pass with <dy, E(x)> of each row.
         dgate_up_2IH, ddown_HI: where weight gradients go, or None when not asked for.
         everyone: ``tokens_n`` counts up from zero: rows need no gathering.
+        rows, width: n and I.
     """
 
     gate_up_2IH: Tensor | Quantized
@@ -46,6 +47,11 @@ class Group:
     dgate_up_2IH: Tensor | None = None
     ddown_HI: Tensor | None = None
     everyone: bool = False
+    rows: int = field(init=False)
+    width: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows, self.width = self.tokens_n.shape[0], self.down_HI.shape[1]
 
     def rows_of(self, source_TH: Tensor, rows: slice) -> Tensor:
         """The rows of ``source_TH`` that rows [start, stop) of this group stand for."""
@@ -58,7 +64,7 @@ class Group:
 
     def add_gradient(self, gradient: Tensor, left_nA: Tensor, right_nB: Tensor) -> None:
         """gradient [A, B] += left^T right"""
-        if self.tokens_n.shape[0] == left_nA.shape[0] and gradient.dtype == left_nA.dtype:
+        if self.rows == left_nA.shape[0] and gradient.dtype == left_nA.dtype:
             torch.mm(left_nA.t(), right_nB, out=gradient)
         else:
             gradient += torch.mm(left_nA.t(), right_nB)
