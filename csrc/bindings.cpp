@@ -62,6 +62,7 @@ PYBIND11_MODULE(_cpu_ops, m) {
   m.attr("HIDDEN_UNIT") = flex::kHiddenUnit;
   m.def("scratch_bytes", &scratch_bytes);
 
+  m.def("advise_huge_pages", [](Address address, int64_t bytes) { flex::advise_huge_pages(at<void>(address), bytes); });
   m.def("gather_rows", [](Address source, Address tokens, Address out, int64_t rows, int64_t bytes, int threads) {
     flex::gather_rows(at<void>(source), at<int32_t>(tokens), at<void>(out), rows, bytes, threads);
   }, Unlocked());

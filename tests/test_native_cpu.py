@@ -4,6 +4,8 @@ float64.
 Letters: T tokens, H hidden, E experts, K chosen, I expert width, N = T*K rows, n rows of one block.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -158,3 +160,29 @@ def test_a_tensor_of_the_wrong_shape_dtype_or_layout_never_reaches_a_kernel():
         native.gather_rows(z, torch.zeros(2, dtype=torch.int64), torch.empty(2, 6))
     with pytest.raises(ValueError, match="top_k=7"):
         native.choose(z, 6, None, 7, False, "softmax", 1.0)
+
+
+def flags_of_memory_at(address: int) -> list[str]:
+    """The kernel's flags of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split(maxsplit=1)[0]
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(end, 16) for end in first.split("-"))
+            inside = low <= address < high
+        elif inside and first == "VmFlags:":
+            return line.split()[1:]
+    raise AssertionError(f"no mapping holds {address:#x}")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="no huge pages on this system"
+)
+def test_large_buffers_ask_for_huge_pages_and_small_ones_do_not():
+    large = native.empty(48 << 10, 1 << 9, dtype=torch.bfloat16)
+    assert large.shape == (48 << 10, 1 << 9) and large.dtype == torch.bfloat16
+    assert "hg" in flags_of_memory_at(large.data_ptr() + large.nbytes // 2)
+    # Of a size that malloc maps by itself, so that the flag can be no neighbour's.
+    plain = torch.empty(48 << 20, dtype=torch.uint8)
+    assert "hg" not in flags_of_memory_at(plain.data_ptr() + plain.nbytes // 2)
+    assert native.empty(3, 5, dtype=torch.float32).shape == (3, 5)

@@ -52,7 +52,7 @@ def experts_forward(
     def kept(rows: int, gate_up: Tensor | None) -> Tensor:
         if not save_preact or gate_up is None:
             return x_TH.new_empty(0)
-        return x_TH.new_empty(rows, gate_up.shape[-2])
+        return ops.kernels.empty(rows, gate_up.shape[-2], dtype=x_TH.dtype)
 
     tokens = x_TH.shape[0]
     preacts = (
@@ -62,7 +62,7 @@ def experts_forward(
     )
     attach_preacts(plan, *preacts)
     groups = plan.routed + [g for g in (plan.shared, plan.personal) if g is not None]
-    sum_TH = torch.zeros(x_TH.shape, dtype=torch.float32)
+    sum_TH = ops.kernels.empty(*x_TH.shape, dtype=torch.float32).zero_()
     engine = fused if fused.serves(groups) else blocks
     engine.forward(x_TH, groups, sum_TH)
     return sum_TH.to(x_TH.dtype), *preacts
@@ -129,7 +129,7 @@ def experts_backward(
         add_dense(groups, plan.shared, tokens, ds_gate_up, ds_down)
     if plan.personal is not None and (need_x or need_p_up or need_p_down or need_gate):
         add_dense(groups, plan.personal, tokens, dp_gate_up, dp_down)
-    dx_TH = torch.zeros(x_TH.shape, dtype=torch.float32) if need_x else None
+    dx_TH = ops.kernels.empty(*x_TH.shape, dtype=torch.float32).zero_() if need_x else None
     engine = fused if fused.serves(groups) else blocks
     engine.backward(grad_y_TH, x_TH, groups, dx_TH)
 

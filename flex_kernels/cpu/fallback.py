@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
 def choose(
     logits_TR: Tensor,
     experts: int,

@@ -168,7 +168,7 @@ def forward(x_TH: Tensor, groups: list[Group], out_TH: Tensor) -> None:
     work = batches(groups)
     scratch = make_scratch(groups, x_TH.shape[1], 1)
     # Kernels may read on behind the last row.
-    hidden = torch.empty(widest_batch(work) + ops.kernels.HIDDEN_UNIT, dtype=x_TH.dtype)
+    hidden = ops.kernels.empty(widest_batch(work) + ops.kernels.HIDDEN_UNIT, dtype=x_TH.dtype)
     for batch in work:
         table = torch.tensor([words(s, hidden, 1, None) for s in batch])
         ops.kernels.up(x_TH, table, scratch)
@@ -180,7 +180,7 @@ def backward(dy_TH: Tensor, x_TH: Tensor, groups: list[Group], dx_TH: Tensor | N
     work = batches(groups, None if dx_TH is None else cache_bytes() // 2)
     scratch = make_scratch(groups, x_TH.shape[1], 2)
     widest = widest_batch(work)
-    dz = torch.empty(2 * widest, dtype=x_TH.dtype)
+    dz = ops.kernels.empty(2 * widest, dtype=x_TH.dtype)
     scaled = torch.empty(widest, dtype=x_TH.dtype) if any(g.ddown_HI is not None for g in groups) else None
     columns = ops.kernels.PARTIAL_COLUMNS
     partial = torch.empty(max((sum(s.rows * -(-s.width // columns) for s in b) for b in work), default=0))

@@ -16,6 +16,9 @@ from torch import Tensor
 # After torch: its own libgomp must be the one in the process, so that both share one pool of threads.
 _cpu_ops: Any = importlib.import_module("flex_kernels._cpu_ops")
 
+# From this size on, buffers ask for huge pages: the system gives out fresh ones one by one, and with the usual
+# 4 KiB that took a tenth of a large step.
+HUGE_PAGES_FROM = 8 << 20
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SEGMENT_WORDS: int = _cpu_ops.SEGMENT_WORDS
 PARTIAL_COLUMNS: int = _cpu_ops.PARTIAL_COLUMNS
@@ -41,6 +44,14 @@ def address(name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, .
         given = f"{list(t.shape)} {t.dtype} on {t.device}, strides {list(t.stride())}"
         raise ValueError(f"{name} must be a dense {list(shape)} {dtype} on the CPU, got {given}")
     return t.data_ptr()
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor whose memory is cheap to touch for the first time, however large."""
+    t = torch.empty(shape, dtype=dtype)
+    if t.nbytes >= HUGE_PAGES_FROM:
+        _cpu_ops.advise_huge_pages(t.data_ptr(), t.nbytes)
+    return t
 
 
 def dtype_code(name: str, t: Tensor) -> int:
