@@ -17,13 +17,12 @@ inline bool is_thin(const Segment& s, bool forward) {
   return s.rows <= (forward ? flex::kForwardThinRows : kThinRows);
 }
 
-// How segments are cut: columns of a task by whether it has few rows. No sum depends on it, so it may follow the
-// threads.
-struct Grid {
+// Columns of a task by whether its segment has few rows.
+struct PackedCut {
   bool forward;
-  int64_t wide, thin;
+  int64_t wide, thin, rows = kBlockRows;
 
-  Grid(const Segment* segments, int64_t count, bool forward, int64_t block, int threads)
+  PackedCut(const Segment* segments, int64_t count, bool forward, int64_t block, int threads)
       : forward(forward), wide(block) {
     int64_t columns = 0;
     for (int64_t i = 0; i < count; ++i) columns += is_thin(segments[i], forward) ? segments[i].width : 0;
@@ -33,20 +32,6 @@ struct Grid {
   }
 
   int64_t columns(const Segment& s) const { return is_thin(s, forward) ? thin : wide; }
-  int64_t tasks(const Segment& s) const { return pieces(s.rows, kBlockRows) * pieces(s.width, columns(s)); }
-  int64_t tasks(const Segment* segments, int64_t count) const {
-    int64_t total = 0;
-    for (int64_t i = 0; i < count; ++i) total += tasks(segments[i]);
-    return total;
-  }
-
-  Place place(int64_t number, const Segment* segments) const {
-    const Segment* s = segments;
-    for (; number >= tasks(*s); ++s) number -= tasks(*s);
-    const int64_t block = columns(*s), across = pieces(s->width, block), row = number / across * kBlockRows;
-    const int64_t column = number % across * block;
-    return {s, row, smaller(kBlockRows, s->rows - row), column, smaller(block, s->width - column)};
-  }
 };
 
 inline int64_t longest(const Segment* segments, int64_t count, int64_t hidden, int64_t factor) {
@@ -104,7 +89,7 @@ void up(const void* x, int64_t hidden, const Segment* segments, int64_t count, v
         int threads) {
   using T = typename E::T;
   constexpr int64_t kColumns = kDeepColumns / 2;
-  const Grid grid(segments, count, true, kColumns, threads);
+  const Grid<PackedCut> grid(segments, count, true, kColumns, threads);
   const int64_t tasks = grid.tasks(segments, count);
   Queue queue;
 #pragma omp parallel num_threads(threads)
@@ -242,7 +227,7 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
                  float* partial, void* scratch, int64_t bytes, int threads) {
   using T = typename E::T;
   constexpr int64_t kUnit = flex::kPartialColumns;
-  const Grid grid(segments, count, false, kBackwardColumns, threads);
+  const Grid<PackedCut> grid(segments, count, false, kBackwardColumns, threads);
   const int64_t tasks = grid.tasks(segments, count);
   const auto down_panels = [hidden](const Place& place) {
     Panels<E> panels(hidden, kBackwardColumns);

@@ -23,11 +23,10 @@ inline int64_t most_rows(const Segment* segments, int64_t count) {
   return most;
 }
 
-// Row blocks and column blocks over all segments. No sum depends on the cut, so it may follow the threads.
-struct TileGrid {
+struct TileCut {
   int64_t rows, most;
 
-  TileGrid(const Segment* segments, int64_t count, int64_t hidden, int64_t columns, int threads)
+  TileCut(const Segment* segments, int64_t count, int64_t hidden, int64_t columns, int threads)
       : rows(tile_rows(hidden)) {
     int64_t units = 0;
     for (int64_t i = 0; i < count; ++i)
@@ -41,22 +40,8 @@ struct TileGrid {
   int64_t columns(const Segment& s) const {
     return s.width ? rounded(pieces(s.width, pieces(s.width, most)), kPartialColumns) : kPartialColumns;
   }
-  int64_t tasks(const Segment& s) const { return pieces(s.rows, rows) * pieces(s.width, columns(s)); }
-  int64_t tasks(const Segment* segments, int64_t count) const {
-    int64_t total = 0;
-    for (int64_t i = 0; i < count; ++i) total += tasks(segments[i]);
-    return total;
-  }
-
-  Place place(int64_t number, const Segment* segments) const {
-    const Segment* s = segments;
-    for (; number >= tasks(*s); ++s) number -= tasks(*s);
-    const int64_t block = columns(*s), over = pieces(s->width, block), row = number / over * rows;
-    const int64_t column = number % over * block;
-    return {s, row, smaller(rows, s->rows - row), column, smaller(block, s->width - column)};
-  }
 };
-
+  }
 // Weight rows `column` on of gate and up, sixteen each.
 inline TileStrip gate_strip(const Segment& s, int64_t column) {
   const Weight<BFloat16> gate = gate_up_of<BFloat16>(s).from(column, 0);
@@ -110,7 +95,7 @@ inline int64_t rows_of_tile(const TileRows& rows, int64_t pair, int tile) {
 // a = silu(x gate^T) * (x up^T)
 inline void up_tiles(const Word* x, int64_t hidden, const Segment* segments, int64_t count, void* scratch,
                      int64_t bytes, int threads) {
-  const TileGrid grid(segments, count, hidden, 2 * kTileColumns, threads);
+  const Grid<TileCut> grid(segments, count, hidden, 2 * kTileColumns, threads);
   const int64_t tasks = grid.tasks(segments, count), most = most_rows(segments, count);
 #pragma omp parallel num_threads(threads)
   {
@@ -264,7 +249,7 @@ struct TurnedRows {
 // da = dy down; with z recomputed or as kept: dz, <da, a> in part sums a column block, scale * a where asked for.
 inline void up_backward_tiles(const Word* x, const Word* dy, int64_t hidden, const Segment* segments, int64_t count,
                               float* partial, void* scratch, int64_t bytes, int threads) {
-  const TileGrid grid(segments, count, hidden, kTileColumns, threads);
+  const Grid<TileCut> grid(segments, count, hidden, kTileColumns, threads);
   const int64_t tasks = grid.tasks(segments, count), most = most_rows(segments, count);
 #pragma omp parallel num_threads(threads)
   {

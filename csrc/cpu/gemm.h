@@ -20,8 +20,6 @@ constexpr int kPanels = kWideColumns / kPanelColumns;
 // One cache line more than a power of two.
 constexpr int64_t kRowWords = flex::kPanelWords / kDeepColumns + 16;
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // Up to kPanelColumns columns of B. Transposed: column j is row j of the weight, contiguous along k. Plain: column j
 // is column j of the weight.

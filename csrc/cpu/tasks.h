@@ -39,11 +39,35 @@ struct Place {
   int64_t first_row, rows, column, columns;
 };
 
+// How segments are cut into tasks of rows and columns, numbered from the first segment on. `Cut` has `rows`, of a task,
+// and `columns(segment)`. No sum depends on the cut, so it may follow the threads.
+template <class Cut>
+struct Grid : Cut {
+  using Cut::Cut;
+
+  int64_t tasks(const flex::Segment& s) const {
+    return pieces(s.rows, this->rows) * pieces(s.width, this->columns(s));
+  }
+  int64_t tasks(const flex::Segment* segments, int64_t count) const {
+    int64_t total = 0;
+    for (int64_t i = 0; i < count; ++i) total += tasks(segments[i]);
+    return total;
+  }
+
+  Place place(int64_t number, const flex::Segment* segments) const {
+    const flex::Segment* s = segments;
+    for (; number >= tasks(*s); ++s) number -= tasks(*s);
+    const int64_t block = this->columns(*s), across = pieces(s->width, block), row = number / across * this->rows;
+    const int64_t column = number % across * block;
+    return {s, row, smaller(this->rows, s->rows - row), column, smaller(block, s->width - column)};
+  }
+};
+
 // dscale of every row from its part sums, in the order of the columns.
 inline void add_parts(const flex::Segment* segments, int64_t count, const float* partial) {
   for (int64_t i = 0; i < count; ++i) {
     const flex::Segment& s = segments[i];
-    const int64_t units = (s.width + flex::kPartialColumns - 1) / flex::kPartialColumns;
+    const int64_t units = pieces(s.width, flex::kPartialColumns);
     for (int64_t r = 0; r < s.rows; ++r, partial += units) {
       float total = 0.0f;
       for (int64_t b = 0; b < units; ++b) total += partial[b];

@@ -15,6 +15,9 @@
 
 namespace {
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
 // Elements of a strip: 16 KiB of bfloat16.
 constexpr int64_t kStrip = 8192;
 
