@@ -41,7 +41,7 @@ struct TileCut {
     return s.width ? rounded(pieces(s.width, pieces(s.width, most)), kPartialColumns) : kPartialColumns;
   }
 };
-  }
+
 // Weight rows `column` on of gate and up, sixteen each.
 inline TileStrip gate_strip(const Segment& s, int64_t column) {
   const Weight<BFloat16> gate = gate_up_of<BFloat16>(s).from(column, 0);
