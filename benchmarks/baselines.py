@@ -39,7 +39,7 @@ SHAPES = {
     "olmoe": Shape(2048, 1024, 64, 8),
     "qwen3": Shape(2048, 768, 128, 8, normalize=True),
     "mixtral": Shape(4096, 14336, 8, 2, normalize=True),
-    "demo": Shape(576, 960, 4, 2, normalize=True),
+    "demo": Shape(576, 1152, 4, 2, normalize=True),
 }
 
 

@@ -85,7 +85,9 @@ def versions() -> Iterator[Finding]:
 
 def version_of(name: str, purpose: str, extra: str) -> Finding:
     try:
-        return Finding("versions", name, "ok", importlib.metadata.version(name))
+        found = importlib.metadata.version(name)
+        # torch names its build (CPU, or which CUDA) itself; the package's version may leave it out.
+        return Finding("versions", name, "ok", torch.__version__ if name == "torch" else found)
     except importlib.metadata.PackageNotFoundError:
         if name == "triton":
             advice = ADVICE["triton"]

@@ -1,6 +1,6 @@
-// Products of a few bfloat16 rows with codes, AVX-512: codes become bfloat16 words in registers, and scales are applied
-// to sums or to rows, never to weights. A weight costs half an instruction or less, so that few rows run at the speed at
-// which codes arrive from memory. Include thin.h's other parts first.
+// Products of a few bfloat16 rows with codes, AVX-512: codes become bfloat16 words in registers and never go to memory.
+// Scales are applied where they are fewest: to sums (int8, rows of weights reduced), to the table of levels (NF4, rows
+// reduced), or to the rows of the other operand (rows of weights added up). Include thin.h's other parts first.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -245,10 +245,10 @@ inline CodeDot code_dot(bool nf4, bool several, int64_t rows) {
 }
 
 inline CodeAxpy code_axpy(bool nf4, int64_t rows) {
-  static const CodeAxpy eight[] = {int8_axpy<1>, int8_axpy<2>, int8_axpy<3>, int8_axpy<4>,
-                                   int8_axpy<5>, int8_axpy<6>, int8_axpy<7>, int8_axpy<8>};
-  static const CodeAxpy four[] = {nf4_axpy<1>, nf4_axpy<2>, nf4_axpy<3>, nf4_axpy<4>, nf4_axpy<5>, nf4_axpy<6>};
-  return nf4 ? four[rows - 1] : eight[rows - 1];
+  static const CodeAxpy int8[] = {int8_axpy<1>, int8_axpy<2>, int8_axpy<3>, int8_axpy<4>,
+                                  int8_axpy<5>, int8_axpy<6>, int8_axpy<7>, int8_axpy<8>};
+  static const CodeAxpy four_bits[] = {nf4_axpy<1>, nf4_axpy<2>, nf4_axpy<3>, nf4_axpy<4>, nf4_axpy<5>, nf4_axpy<6>};
+  return nf4 ? four_bits[rows - 1] : int8[rows - 1];
 }
 
 // Bytes of a row in whole vectors, zeros after the last.

@@ -1,6 +1,6 @@
 """Makes the demo model with every choice of the recipe open, and measures what the conversion cost.
 
-    python -m flex.moefication --out DIR [--experts 4 --chosen 2 --shared 768 ...] [--report report.json]
+    python -m flex.moefication --out DIR [--experts 4 --chosen 2 --shared 1024 ...] [--report report.json]
 
 ``--report`` also measures perplexity, exactness and expert selection; ``--controls`` converts twice more,
 without refitting and with a random partition.

@@ -53,7 +53,7 @@ class Recipe:
 
     experts: int = 4
     chosen: int = 2
-    shared: int = 768
+    shared: int = 1024
     partition: str = "coactivation"
     router: str = "ridge"
     refit: bool = True

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, MixtralForCausalLM, PreTrainedTokenizerFast
 
 DEMO_NAME = "smollm2-135m-moe"
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 Progress = Callable[[str, float], None]
 
