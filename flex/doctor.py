@@ -86,8 +86,12 @@ def versions() -> Iterator[Finding]:
 def version_of(name: str, purpose: str, extra: str) -> Finding:
     try:
         found = importlib.metadata.version(name)
-        # torch names its build (CPU, or which CUDA) itself; the package's version may leave it out.
-        return Finding("versions", name, "ok", torch.__version__ if name == "torch" else found)
+        if name == "torch":
+            # It names its build, CPU or which CUDA; the package's version may leave that out.
+            import torch
+
+            found = torch.__version__
+        return Finding("versions", name, "ok", found)
     except importlib.metadata.PackageNotFoundError:
         if name == "triton":
             advice = ADVICE["triton"]
