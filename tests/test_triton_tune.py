@@ -161,7 +161,8 @@ found = {}
 for weights, E, K in (("plain", 5, 2), ("int8", 5, 2), ("nf4", 5, 2), ("int8+nf4", 5, 2), ("plain", 1, 1)):
     key = tune.key_of(torch.float32, 64, 64, E, K, 9, weights)
     best = tune.fastest_plan(torch.device("cpu"), key, {16: [large, small]}, narrow_is_fast)
-    found[f"{weights} {E}"] = [best.plan == tune.Plan(*[small] * 4), best.milliseconds, best.tried, best.failed]
+    narrow = best.plan == tune.Plan(*[small] * 4)
+    found[f"{weights} {E}"] = [narrow, best.milliseconds, best.tried, best.failed]
 print(json.dumps([found, runs]))
 """
 

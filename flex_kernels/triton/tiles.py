@@ -168,7 +168,7 @@ def candidates(capability: int, itemsize: int, coded: bool = False) -> dict[int,
 
 
 def near(tiles_by_m: dict[int, list[Tile]], rows: int, experts: int) -> dict[int, list[Tile]]:
-    """Of candidates, those of the row block that the rows an expert gets ask for and of its two neighbours."""
+    """The candidates of the row block that suits the rows an expert gets, and of its two neighbours."""
     blocks, each = sorted(tiles_by_m), rows / experts
     middle = next((i for i, m in enumerate(blocks) if m >= each), len(blocks) - 1)
     return {m: tiles_by_m[m] for m in blocks[max(0, middle - 1) : middle + 2]}

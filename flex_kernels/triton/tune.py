@@ -186,10 +186,8 @@ class Products:
         from flex_kernels.triton.up_swiglu import up_swiglu
 
         experts, tokens = self.offsets_E1.numel() - 1, self.x_TH.shape[0]
-        if experts == 1:
-            groups = dense(tokens, m)
-        else:
-            groups = grouped(self.offsets_E1, self.order_N, self.K, m)
+        routed = (self.offsets_E1, self.order_N, self.K, m)
+        groups = dense(tokens, m) if experts == 1 else grouped(*routed)
 
         def backward(tile: Tile) -> object:
             x_TH, z_N2I, weights_TK = self.x_TH, self.preact_N2I, self.weights_TK
@@ -238,7 +236,9 @@ def fastest_plan(
     return Best(plan, milliseconds, tried, len(failed))
 
 
-def compile_share(device: torch.device, key: Key, tiles_by_m: dict[int, list[Tile]], part: int, of: int) -> None:
+def compile_share(
+    device: torch.device, key: Key, tiles_by_m: dict[int, list[Tile]], part: int, of: int
+) -> None:
     """Run every ``of``-th candidate once, which leaves its compiled kernel in Triton's cache on disk."""
     products = Products(device, key)
     jobs = [
