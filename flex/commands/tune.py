@@ -116,7 +116,7 @@ def layers_of(sizes: Sizes, weights: str) -> dict[str, tuple[int, int, int, str]
 
 def rows_of(name: str, tokens: int, best: Any) -> list[tuple[str, ...]]:
     """The table's lines for one plan: a product each."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for product, milliseconds in best.milliseconds.items():
         t = getattr(best.plan, product)
         tile = (t.m, t.n, t.k, t.warps, t.stages, "yes" if t.tma else "no", t.per_sm or "all")
