@@ -4,7 +4,7 @@ A part is a list of cases, the same list in every process that asks for it. The 
 its standard output, then the case's records, one JSON object a line. The parent passes records on as they
 come, ends a worker whose case takes too long, and starts the next one behind the case that ended badly.
 
-    python -m benchmarks.gpu_worker PART[,PART] --device cuda --backends cuda,triton     (what the parent runs)
+    python -m benchmarks.gpu_worker PART[,PART] --device cuda --backends cuda,triton
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ DEVICE_BROKEN = 70
 STARTUP_S = 90
 # How often a part starts again behind a case that ended badly.
 RESTARTS = 6
-# Becomes the leader of a group of its own, so that a process and all that it starts can be ended together; not
-# of a session, so that it does not outlive the shell that runs the suite.
+# Becomes the leader of a group of its own, so that a process and all that it starts can be ended together;
+# not of a session, so that it does not outlive the shell that runs the suite.
 GROUP = "import os, sys; os.setpgrp(); os.execvp(sys.argv[1], sys.argv[1:])"
 
 Receive = Callable[[str, dict[str, Any]], None]
@@ -48,6 +48,7 @@ class Work:
         parts: names in :data:`benchmarks.gpu_parts.PARTS`, one list of cases after another.
         device: "cuda" or "cpu". backends: of ours, the one to report first. seed: of random data.
         shard, shards: every ``shards``-th case from ``shard`` on. alone: a new process for every case.
+        workers: processes that a case may start to compile.
     """
 
     parts: tuple[str, ...]
@@ -57,6 +58,7 @@ class Work:
     shard: int = 0
     shards: int = 1
     alone: bool = False
+    workers: int = 1
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -132,6 +134,7 @@ def run_worker(work: Work, first: int, left_s: float, case_limit_s: float, recei
     command = [sys.executable, "-m", "benchmarks.gpu_worker", ",".join(work.parts)]
     command += ["--device", work.device, "--backends", ",".join(work.backends), "--seed", str(work.seed)]
     command += ["--shard", str(work.shard), "--shards", str(work.shards), "--first", str(first)]
+    command += ["--workers", str(work.workers)]
     process = start(command + ["--alone"] * work.alone, work.environment, stdin=subprocess.PIPE)
     lines: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=pump, args=(process, lines), daemon=True).start()
@@ -156,7 +159,7 @@ def run_worker(work: Work, first: int, left_s: float, case_limit_s: float, recei
                 break
             message = parsed(line)
             if message is None:
-                output.append(line)
+                output.extend([line] if line.strip() else [])
             elif "case" in message:
                 ended.case, ended.name, running = message["case"], message["name"], True
                 case_end = time.monotonic() + case_limit_s
@@ -224,13 +227,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--backends", required=True, type=lambda text: [n for n in text.split(",") if n])
     for name in ("seed", "shard", "first"):
         parser.add_argument(f"--{name}", type=int, default=0)
-    parser.add_argument("--shards", type=int, default=1)
+    for name in ("shards", "workers"):
+        parser.add_argument(f"--{name}", type=int, default=1)
     parser.add_argument("--alone", action="store_true")
     options = parser.parse_args(argv)
     threading.Thread(target=leave_with_parent, daemon=True).start()
     from benchmarks.gpu_parts import PARTS, device_works, run_case
 
-    for number, part, case in chosen(options):
+    cases = list(chosen(options))
+    for number, part, case in cases:
         tell({"case": number, "name": f"{part}: {case}"})
         for section, record in run_case(PARTS[part], options, case):
             tell({"section": section, "record": record})
@@ -238,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
             sys.stdout.flush()
             os._exit(DEVICE_BROKEN)
         tell({"end": number})
-        if options.alone:
+        if options.alone and number != cases[-1][0]:
             tell({"next": number + 1})
             return
     tell({"done": True})
