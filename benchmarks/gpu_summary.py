@@ -5,7 +5,7 @@ Letters: T tokens, H hidden, E experts, K chosen, I expert width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,8 @@ from benchmarks.gpu_layers import BATCHED, DENSE, EAGER, GROUPED, LIGER, SCATTER
 from benchmarks.roofline import LAYERS, Chip, floor_seconds
 
 Record = dict[str, Any]
+# (layer, tokens, skewed)
+Size = tuple[str, int, bool]
 PEERS = (GROUPED, LIGER, SCATTERMOE, EAGER, BATCHED, f"{GROUPED}, compiled", f"{EAGER}, compiled")
 # Layers whose useful work is to reach LARGE_TFLOPS: the widest experts.
 LARGE = ("Qwen1.5-MoE-A2.7B", "DeepSeek-MoE-16B", "Mixtral-8x7B")
@@ -21,17 +23,33 @@ BY_NAME = {layer.name: layer for layer in LAYERS}
 
 
 def summarise(sections: dict[str, Any]) -> dict[str, Any]:
-    """{"layers": a line for each layer, T and routing; "targets": what was to be reached; "client": ratios}."""
-    groups: dict[tuple[str, int, bool], dict[str, Record]] = {}
-    for record in sections.get("measurements", ()):
-        if "both_ms" in record:
-            key = (record["layer"], record["tokens"], record["skewed"])
-            groups.setdefault(key, {})[record["name"]] = record
+    """What a run found, from what it recorded.
+
+    "layers": a line for each layer, T and routing, and one more where tiles were tuned. "targets": what was
+    to be reached, by the tuned tiles where there are some. "client": the whole step, beside each stock layer.
+    """
+    groups, tuned = by_size(sections.get("measurements", ())), by_size(sections.get("tuned", ()))
     chip = chip_of(sections)
-    lines = [line_of(*key, found, chip) for key, found in groups.items()]
-    client = client_ratios(sections.get("client", ()))
-    targets = [*layer_targets(lines, groups), *routing_targets(sections)]
-    return {"layers": [line for line in lines if line], "targets": targets, "client": client}
+    lines = [line_of(*size, found, chip) for size, found in groups.items()]
+    for size, ours in tuned.items():
+        peers = {n: r for n, r in groups.get(size, {}).items() if n not in ours_in(groups[size])}
+        lines.append(line_of(*size, peers | ours, chip) | {"tuned": True})
+    lines = [line for line in lines if "ours" in line]
+    return {
+        "layers": lines,
+        "targets": [*layer_targets(lines, groups), *routing_targets(sections)],
+        "client": client_ratios(sections.get("client", ())),
+    }
+
+
+def by_size(records: Iterable[Record]) -> dict[Size, dict[str, Record]]:
+    """The records that have times, by (layer, tokens, skewed) and name."""
+    groups: dict[Size, dict[str, Record]] = {}
+    for record in records:
+        if "both_ms" in record:
+            size = (record["layer"], record["tokens"], record["skewed"])
+            groups.setdefault(size, {})[record["name"]] = record
+    return groups
 
 
 def chip_of(sections: dict[str, Any]) -> Chip | None:
@@ -99,18 +117,19 @@ def target(name: str, value: float | None, limit: float, at_least: bool = True) 
 
 
 def layer_targets(
-    lines: list[dict[str, Any]], groups: dict[tuple[str, int, bool], dict[str, Record]]
+    lines: list[dict[str, Any]], groups: dict[Size, dict[str, Record]]
 ) -> Iterator[dict[str, Any]]:
-    by_size = {(line["layer"], line["tokens"]): line for line in lines if line and not line["skewed"]}
+    # Lines of tuned tiles come last.
+    of_size = {(line["layer"], line["tokens"]): line for line in lines if not line["skewed"]}
     for layer in LAYERS:
-        many, name = by_size.get((layer.name, 8192), {}), layer.name
+        many, name = of_size.get((layer.name, 8192), {}), layer.name
         yield target(f"{name}, T=8192: times grouped_mm", many.get("against_grouped_mm"), 1.5)
         yield target(f"{name}, T=8192: times liger", many.get("against_liger"), 1.3)
         yield target(f"{name}, T=8192: of equal-FLOP dense", many.get("against_dense"), 0.75)
         if name in LARGE:
             yield target(f"{name}, T=8192: TFLOP/s", many.get("both_tflops"), LARGE_TFLOPS)
         for tokens in (128, 16):
-            few = by_size.get((name, tokens), {})
+            few = of_size.get((name, tokens), {})
             yield target(f"{name}, T={tokens}: times the best peer", few.get("against_best_peer"), 3.0)
         if layer.H == 2048:
             saved = many.get("saved_bytes_a_token")
@@ -169,7 +188,7 @@ def layer_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         counts = [line.get("forward_launches"), line.get("both_launches")]
         rows.append(
             [
-                line["layer"] + (" (skewed)" if line["skewed"] else ""),
+                line["layer"] + " (skewed)" * line["skewed"] + " (tuned)" * line.get("tuned", False),
                 str(line["tokens"]),
                 number(line["both_ms"], ".3f"),
                 number(line["both_tflops"], ".0f"),
@@ -184,20 +203,18 @@ def layer_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def target_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     words = {True: "met", False: "MISSED", None: "not measured"}
-    rows = [
-        [t["target"], number(t["value"]), ("at least " if t["at_least"] else "at most ") + f"{t['limit']:g}"]
-        + [words[t["met"]]]
-        for t in summary["targets"]
-    ]
+    rows = []
+    for t in summary["targets"]:
+        wanted = f"at {'least' if t['at_least'] else 'most'} {t['limit']:g}"
+        rows.append([t["target"], number(t["value"]), wanted, words[t["met"]]])
     return ["target", "found", "wanted", ""], rows
 
 
 def client_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    rows = [
-        [name, number(r["tokens_per_second"], ",.0f"), number(r["peak_bytes"] / 2**30)]
-        + [number(r.get("ours_times_as_fast")), number(r.get("ours_peak_in_parts"))]
-        for name, r in summary["client"].items()
-    ]
+    rows = []
+    for name, r in summary["client"].items():
+        ratios = (number(r.get(what)) for what in ("ours_times_as_fast", "ours_peak_in_parts"))
+        rows.append([name, number(r["tokens_per_second"], ",.0f"), number(r["peak_bytes"] / 2**30), *ratios])
     return ["client's step", "tokens/s", "peak, GiB", "ours: times as fast", "ours: parts of its peak"], rows
 
 
@@ -211,6 +228,8 @@ def plain_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def shown(summary: dict[str, Any]) -> str:
-    """The summary as text for a terminal."""
-    parts = [layer_rows(summary), client_rows(summary), target_rows(summary)]
+    """The summary as text for a terminal; without the targets where none was measured."""
+    parts = [layer_rows(summary), client_rows(summary)]
+    if any(t["met"] is not None for t in summary["targets"]):
+        parts.append(target_rows(summary))
     return "\n\n".join(plain_table(*part) for part in parts if part[1])

@@ -232,14 +232,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--alone", action="store_true")
     options = parser.parse_args(argv)
     threading.Thread(target=leave_with_parent, daemon=True).start()
-    from benchmarks.gpu_parts import PARTS, device_works, run_case
+    from benchmarks import gpu_parts
 
     cases = list(chosen(options))
     for number, part, case in cases:
         tell({"case": number, "name": f"{part}: {case}"})
-        for section, record in run_case(PARTS[part], options, case):
+        for section, record in gpu_parts.run_case(gpu_parts.PARTS[part], options, case):
             tell({"section": section, "record": record})
-        if not device_works(options.device):
+        if not gpu_parts.device_works(options.device):
             sys.stdout.flush()
             os._exit(DEVICE_BROKEN)
         tell({"end": number})
