@@ -218,9 +218,8 @@ def route_and_permute(backend: str, device: str, tokens: int, H: int, E: int, K:
     """Milliseconds of routing alone: scores, choice and weights, then the sort by expert. Both also as a
     replayed CUDA graph, which leaves the host's time out."""
     module = importlib.import_module(f"flex_kernels.{backend}")
-    sort = (
-        module.permute if backend == "cuda" else importlib.import_module("flex_kernels.triton.groups").permute
-    )
+    home = "cuda.ops" if backend == "cuda" else "triton.groups"
+    sort = importlib.import_module(f"flex_kernels.{home}").permute
     dtype = torch.bfloat16
     x_TH = torch.randn(tokens, H, device=device).to(dtype)
     weight_EH = (torch.randn(E, H, device=device) / H**0.5).to(dtype)

@@ -135,13 +135,13 @@ def test_a_tuned_plan_serves_its_own_weights_alone(tmp_path, monkeypatch):
     mine = tiles.same(Tile(64, 32, 64, stages=2))
     sizes = (torch.bfloat16, 256, 128, 8, 2, 512)
     tune.write_plan(path, tune.key_text(tune.key_of(*sizes, "int8")), mine)
-    tune.lookup.cache_clear()
+    tune.plan_for.cache_clear()
     try:
         assert tune.plan_for(device, *sizes, "int8") == mine
         pinned = tiles.pinned_plan(90, 2, 1024, 8)
         assert tune.plan_for(device, *sizes) == tune.plan_for(device, *sizes, "nf4") == pinned
     finally:
-        tune.lookup.cache_clear()
+        tune.plan_for.cache_clear()
 
 
 MEASURED = """

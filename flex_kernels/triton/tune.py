@@ -42,7 +42,7 @@ PRODUCTS = ("up", "down", "down_backward", "up_backward")
 
 def bucket(tokens: int) -> int:
     """Token counts share a plan up to the next power of two, at least 16."""
-    return max(16, triton.next_power_of_2(tokens))
+    return max(16, 1 << (tokens - 1).bit_length())
 
 
 def cache_file(device: torch.device) -> Path:
@@ -95,7 +95,6 @@ def stored_plans(path: Path) -> dict[str, Plan]:
     return read_plans(path)
 
 
-@lru_cache(maxsize=4096)
 def lookup(device: torch.device, key: Key) -> Plan:
     dtype, _, _, _, E, K, tokens = key
     capability = capability_of(device)
@@ -106,6 +105,7 @@ def lookup(device: torch.device, key: Key) -> Plan:
     return pinned_plan(capability, 4 if dtype == "float32" else 2, tokens * K, E)
 
 
+@lru_cache(maxsize=4096)
 def plan_for(
     device: torch.device, dtype: torch.dtype, H: int, I: int, E: int, K: int, T: int, weights: str = PLAIN
 ) -> Plan:
@@ -311,5 +311,5 @@ def tune(
         )
     write_plan(cache_file(device), key_text(key), best.plan)
     stored_plans.cache_clear()
-    lookup.cache_clear()
+    plan_for.cache_clear()
     return best
