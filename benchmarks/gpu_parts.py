@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu_liger
 from benchmarks.gpu_checks import QUANTISED_SIZES, QUANTISED_TINY, SIZES, TINY, check_layers, far_experts
 from benchmarks.gpu_layers import (
     BATCHED,
@@ -118,9 +119,9 @@ def check(options: argparse.Namespace, case: Case) -> Iterator[tuple[str, Record
 
 
 def target_names(backends: Sequence[str], layer: Layer, tokens: int) -> list[str]:
-    """Who is measured at a size of the targets: ours, every peer, the bound."""
+    """Who is measured at one size: ours, the peers that need no tuning, the bound."""
     names = [f"flex {backends[0]} preact", f"flex {backends[0]} recompute"] if backends else []
-    names += [GROUPED, DENSE, LIGER, SCATTERMOE]
+    names += [GROUPED, DENSE, SCATTERMOE]
     if tokens <= FEW_TOKENS:
         gathered = 2 * tokens * layer.K * 2 * layer.I * layer.H
         names += [EAGER] + [BATCHED] * (gathered <= GATHERED_BYTES)
@@ -208,6 +209,35 @@ def measure_compiled(options: argparse.Namespace, case: Case) -> Iterator[tuple[
     yield "measurements", measure(p, name, build, options.device, tokens <= FEW_TOKENS) | {"skewed": False}
 
 
+def liger_cases(options: argparse.Namespace) -> list[Case]:
+    """A layer's kernels are tuned, then measured at every size: liger tunes once for all of them."""
+    if not on_gpu(options) or not gpu_liger.installed():
+        return []
+    cases: list[Case] = []
+    for layer in LAYERS:
+        cases += [
+            (layer.name, 8192, "tune"),
+            *((layer.name, *size) for size in (*TARGET_SIZES, *OTHER_SIZES)),
+        ]
+    return cases
+
+
+def measure_liger(options: argparse.Namespace, case: Case) -> Iterator[tuple[str, Record]]:
+    """liger beside ours, in one process on the same problem."""
+    layer, tokens, what = case
+    gpu_liger.time_briefly()
+    if what == "tune":
+        began = time.perf_counter()
+        failed = gpu_liger.compile_ahead(BY_NAME[layer], tokens, options.workers)
+        seconds = round(time.perf_counter() - began, 1)
+        yield "liger", {"layer": layer, "compiling_seconds": seconds, "not_compiled": failed}
+        return
+    p, builds = problem_of(layer, tokens, what, options.device), contenders(options.backends)
+    for name in (*(f"flex {b} {s}" for b in options.backends[:1] for s in ("preact", "recompute")), LIGER):
+        record = measure(p, name, builds[name], options.device, tokens <= FEW_TOKENS)
+        yield "measurements", record | {"skewed": what}
+
+
 def warm_cases(options: argparse.Namespace) -> list[Case]:
     """(layer, tokens, contender): one for every set of kernels that the measurements need, those of the
     targets first."""
@@ -286,6 +316,7 @@ PARTS = {
     "targets": Part(target_cases, measure_case),
     "client": Part(client_cases, client),
     "compiled": Part(compiled_cases, measure_compiled),
+    "liger": Part(liger_cases, measure_liger),
     "tune": Part(tune_cases, tune),
     "others": Part(other_cases, measure_case),
 }

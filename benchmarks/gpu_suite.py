@@ -17,7 +17,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_machine import machine, sanitizer
 from benchmarks.gpu_summary import shown, summarise
 from benchmarks.gpu_worker import ROOT, Work, end, run_part, start
 from flex_kernels import backends
@@ -41,13 +41,15 @@ BASELINE = ROOT / "tests" / "triton_codegen_baseline.json"
 # Compiled kernels outlive the run, so that a second command on the same machine finds them.
 CACHE = Path(tempfile.gettempdir()) / f"flex-kernels-gpu-suite-{os.getuid()}"
 # What --parts accepts, in the order in which they run.
-PARTS = ("build", "checks", "warm", "kernels", "targets", "client", "tests", "sanitizer", "compiled", "tune")
-PARTS += ("others", "codegen")
+PARTS = ("build", "checks", "warm", "kernels", "targets", "client", "tests", "sanitizer", "compiled")
+PARTS += ("liger", "tune", "others", "codegen")
 # Seconds that the first parts, which run side by side, may take; and the limits of the others.
 TOGETHER_S = 125
-CUDA_CHECKS_S, TARGETS_S, CLIENT_S, TESTS_S, COMPILED_S, TUNE_S, OTHERS_S = 45, 160, 80, 75, 40, 90, 300
+CUDA_CHECKS_S, TARGETS_S, CLIENT_S, TESTS_S = 45, 160, 80, 75
+COMPILED_S, LIGER_S, TUNE_S, OTHERS_S = 40, 240, 90, 300
 # Seconds a case may take: a hang costs no more.
-CHECK_CASE_S, WARM_CASE_S, CASE_S, CLIENT_CASE_S, COMPILED_CASE_S, TUNE_CASE_S = 100, 100, 45, 45, 30, 85
+CHECK_CASE_S, WARM_CASE_S, CASE_S, CLIENT_CASE_S, COMPILED_CASE_S = 100, 100, 45, 45, 30
+LIGER_CASE_S, TUNE_CASE_S = 100, 85
 # Seconds kept for the summary, and the least that is worth starting a part for.
 LAST_S, LEAST_S = 5, 10
 # Processes side by side for each of the first parts.
@@ -87,36 +89,6 @@ class Report:
         beside = self.path.with_suffix(".tmp")
         beside.write_text(json.dumps(self.sections, indent=1, default=str))
         os.replace(beside, self.path)
-
-
-def machine() -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "packages": {
-            n: version_of(n) for n in ("triton", "transformers", "peft", "liger_kernel", "scattermoe")
-        },
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpus": os.cpu_count(),
-        "backends": {name: asdict(status) for name, status in backends().items()},
-    }
-    if found["gpu"]:
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"multiprocessors": properties.multi_processor_count, "memory": properties.total_memory}
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv"]
-        if shutil.which("nvidia-smi"):
-            found["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout
-    return found
-
-
-def version_of(package: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def command(report: Report, name: str, arguments: list[str], limit: float, **environment: str) -> bool:
@@ -214,7 +186,9 @@ PYTEST += ["-p", "no:cacheprovider"]
 
 def usable_backends(report: Report) -> tuple[str, ...]:
     """Our backends that run here, seen by a process that finds what was just built."""
-    code = "import json; from benchmarks.gpu_suite import machine; print(json.dumps(machine(), default=str))"
+    code = (
+        "import json; from benchmarks.gpu_machine import machine; print(json.dumps(machine(), default=str))"
+    )
     process = start([sys.executable, "-c", code], {}, stdin=subprocess.DEVNULL)
     try:
         found = json.loads(process.communicate(timeout=60)[0].strip().splitlines()[-1])
@@ -258,9 +232,12 @@ def on_gpu(suite: Suite) -> None:
         lambda: sanitize(suite),
     )
     suite.work("compiled", names, COMPILED_S, COMPILED_CASE_S)
+    workers = min(12, cpus)
+    # A worker that starts again finds what liger's autotuner has measured.
+    remembered = {"TRITON_CACHE_AUTOTUNING": "1"}
+    suite.work("liger", names, LIGER_S, LIGER_CASE_S, workers=workers, environment=remembered)
     tuned = CACHE / "tuned"
     shutil.rmtree(tuned, ignore_errors=True)
-    workers = min(12, cpus)
     place = {"XDG_CACHE_HOME": str(tuned)}
     suite.work("tune", names, TUNE_S, TUNE_CASE_S, workers=workers, environment=place)
     for plans in (tuned / "flex-kernels").glob("*.json"):
@@ -289,14 +266,6 @@ def sanitize(suite: Suite) -> None:
         return
     arguments = [tool, "--error-exitcode", "9", *PYTEST, *KERNEL_TESTS, "-k", SANITIZED]
     command(suite.report, "compute-sanitizer memcheck", arguments, TESTS_S, **suite.deterministic)
-
-
-def sanitizer() -> str | None:
-    """compute-sanitizer, if it is here."""
-    homes = (os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin", "/usr/local/cuda/compute-sanitizer")
-    return shutil.which("compute-sanitizer") or next(
-        (found for home in homes if (found := shutil.which("compute-sanitizer", path=home))), None
-    )
 
 
 def codegen(report: Report, quick: bool) -> None:

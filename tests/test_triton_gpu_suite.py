@@ -244,7 +244,7 @@ def test_every_layer_size_and_routing_of_the_issue_is_measured_beside_its_peers(
     names = {}
     for layer, tokens, skewed, name in layer_cases("targets") + layer_cases("others"):
         names.setdefault((layer, tokens, skewed), set()).add(name)
-    peers = {"transformers grouped_mm", "dense of equal FLOPs", LIGER, SCATTERMOE}
+    peers = {"transformers grouped_mm", "dense of equal FLOPs", SCATTERMOE}
     for layer in roofline.LAYERS:
         for tokens in (16, 128, 1024, 8192, 32768):
             for skewed in (False, True):
@@ -258,11 +258,30 @@ def test_every_layer_size_and_routing_of_the_issue_is_measured_beside_its_peers(
 def test_the_targets_are_measured_first_and_fit_their_time():
     sizes = [(tokens, skewed) for _, tokens, skewed, _ in layer_cases("targets")]
     assert list(dict.fromkeys(sizes)) == [(8192, False), (128, False), (16, False), (8192, True)]
-    installed = [c for c in layer_cases("targets") if c[3] not in (LIGER, SCATTERMOE)]
+    installed = [c for c in layer_cases("targets") if c[3] != SCATTERMOE]
     planned = sum(map(gpu_parts.estimated_seconds, installed)) + 10
     assert planned < gpu_suite.TARGETS_S
     both = planned + sum(map(gpu_parts.estimated_seconds, layer_cases("others")))
     assert both < 540, "a second run with --parts targets others has them all"
+
+
+def test_liger_is_tuned_for_a_layer_before_it_is_measured_there(monkeypatch):
+    monkeypatch.setattr(gpu_parts.gpu_liger, "installed", lambda: False)
+    assert gpu_parts.PARTS["liger"].cases(OPTIONS) == []
+    monkeypatch.setattr(gpu_parts.gpu_liger, "installed", lambda: True)
+    cases = gpu_parts.PARTS["liger"].cases(OPTIONS)
+    first, *rest = cases[: len(cases) // len(roofline.LAYERS)]
+    assert first == (QWEN.name, 8192, "tune") and rest[0] == (QWEN.name, 8192, False)
+    assert {case[1:] for case in rest} == {
+        (tokens, skewed) for tokens in (16, 128, 1024, 8192, 32768) for skewed in (False, True)
+    }
+    assert LIGER in contenders(OPTIONS.backends)
+
+
+def test_the_shares_of_a_tuners_configurations_are_all_of_them_and_never_empty():
+    shares = [gpu_parts.gpu_liger.share(range(10), part, 4) for part in range(4)]
+    assert sorted(one for part in shares for one in part) == list(range(10))
+    assert gpu_parts.gpu_liger.share(range(2), 3, 4) == [0]
 
 
 def test_batched_products_are_left_out_where_they_would_gather_too_much():
@@ -312,7 +331,7 @@ def test_on_a_gpu_the_parts_run_in_the_order_of_their_importance(pretended):
     assert set(order[:4]) == first
     assert order[4:6] == ["targets", "client"]
     tests = {"the GPU tests", "tests of quantised experts", "compute-sanitizer memcheck"}
-    assert set(order[6:9]) == tests and order[9:] == ["compiled", "tune", "others"]
+    assert set(order[6:9]) == tests and order[9:] == ["compiled", "liger", "tune", "others"]
     assert {b for name, b, _ in noted if name == "checks"} == {("cuda",), ("triton",)}
     assert all(limit <= 540 for *_, limit in noted)
     (wrong,) = report.sections["parts"]

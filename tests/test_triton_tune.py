@@ -163,7 +163,13 @@ for weights, E, K in (("plain", 5, 2), ("int8", 5, 2), ("nf4", 5, 2), ("int8+nf4
     best = tune.fastest_plan(torch.device("cpu"), key, {16: [large, small]}, narrow_is_fast)
     narrow = best.plan == tune.Plan(*[small] * 4)
     found[f"{weights} {E}"] = [narrow, best.milliseconds, best.tried, best.failed]
-print(json.dumps([found, runs]))
+
+shares = []
+tune.best_tile = lambda run, tiles, time_ms: shares[-1].append((run(tiles[0]) is not None, tiles[0].n))
+for part in range(3):
+    shares.append([])
+    tune.compile_share(torch.device("cpu"), key, {16: [large, small]}, part, 3)
+print(json.dumps([found, runs, shares]))
 """
 
 
@@ -173,7 +179,9 @@ def test_every_product_of_every_kind_of_weights_is_measured_with_every_tile():
         [sys.executable, "-c", MEASURED], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found, runs = json.loads(done.stdout)
+    found, runs, shares = json.loads(done.stdout)
+    assert [len(share) for share in shares] == [3, 3, 2], "each of four products with each of two tiles once"
+    assert sorted(one for share in shares for one in share) == [[True, 32]] * 4 + [[True, 64]] * 4
     assert runs == [64, 32] * 20
     for name, (narrowest, milliseconds, tried, failed) in found.items():
         assert narrowest, name

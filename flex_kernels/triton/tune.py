@@ -248,8 +248,9 @@ def compile_share(
         for run in products.by_name(m).values()
         for tile in tiles
     ]
-    for run, tile in jobs[part::of]:
-        best_tile(run, [tile], lambda job: float(job() is None))
+    with torch.cuda.device_of(products.x_TH):
+        for run, tile in jobs[part::of]:
+            best_tile(run, [tile], lambda job: float(job() is None))
 
 
 def compile_ahead(device: torch.device, key: Key, tiles_by_m: dict[int, list[Tile]], workers: int) -> None:
