@@ -146,11 +146,8 @@ def rates(device: str, size: int = 8192) -> dict[str, float]:
     }
 
 
-def measure_one(forward: Forward, p: Problem, device: str, count_launches: bool = True) -> dict[str, Any]:
-    """Forward without a graph, and forward with backward to x with frozen experts.
-
-    Times come first: whatever breaks after them is recorded beside them.
-    """
+def steps(forward: Forward, p: Problem) -> tuple[Tensor, Callable[[], None], Callable[[], None]]:
+    """(x, forward without a graph, forward with backward to x with frozen experts)."""
     x = p.x_TH.clone().requires_grad_()
     dy = torch.randn_like(p.x_TH)
 
@@ -162,15 +159,18 @@ def measure_one(forward: Forward, p: Problem, device: str, count_launches: bool 
         forward(x).backward(dy)
         x.grad = None
 
+    return x, infer, train
+
+
+def measure_one(forward: Forward, p: Problem, device: str) -> dict[str, Any]:
+    """Times and memory. Times come first: whatever breaks after them is recorded beside them."""
+    x, infer, train = steps(forward, p)
     record: dict[str, Any] = {"forward_ms": time_ms(infer, device), "both_ms": time_ms(train, device)}
     counts: dict[str, Callable[[], object]] = {
         "peak_bytes": lambda: peak_bytes(train, device),
         "kept_bytes": lambda: kept_bytes(forward, x, device),
         "saved_bytes": lambda: saved_bytes(forward, p),
     }
-    if count_launches:
-        counts["forward_launches"] = lambda: launches(infer, device)
-        counts["both_launches"] = lambda: launches(train, device)
     for name, count in counts.items():
         try:
             record[name] = count()
@@ -179,9 +179,21 @@ def measure_one(forward: Forward, p: Problem, device: str, count_launches: bool 
     return record
 
 
-def measure(
-    p: Problem, name: str, build: Build, device: str, count_launches: bool = True, graph: bool = False
-) -> dict[str, Any]:
+def count_launches(p: Problem, name: str, build: Build, device: str) -> dict[str, Any]:
+    """Kernels of one contender's passes, after one of each. The profiler may slow down what runs after it:
+    not for a process that measures times."""
+    record: dict[str, Any] = {"layer": p.layer.name, "tokens": p.x_TH.shape[0], "name": name}
+    try:
+        _, infer, train = steps(build(p), p)
+        infer()
+        train()
+        counts = {"forward_launches": launches(infer, device), "both_launches": launches(train, device)}
+    except FAILURES as error:
+        return record | {"failed": described(error)}
+    return record | counts
+
+
+def measure(p: Problem, name: str, build: Build, device: str, graph: bool = False) -> dict[str, Any]:
     """One contender's figures, or why it could not run; ``graph``: also as a replayed CUDA graph."""
     tokens = p.x_TH.shape[0]
     routed = replace(p.layer, Is=0)
@@ -189,7 +201,7 @@ def measure(
     began = time.perf_counter()
     try:
         forward = build(p)
-        record |= measure_one(forward, p, device, count_launches)
+        record |= measure_one(forward, p, device)
     except ImportError as error:
         return record | {"missing": str(error)}
     except FAILURES as error:
@@ -237,7 +249,6 @@ def route_and_permute(backend: str, device: str, tokens: int, H: int, E: int, K:
     record: dict[str, Any] = {"backend": backend, "tokens": tokens, "H": H, "E": E, "K": K}
     for name, job in jobs.items():
         record[f"{name}_ms"] = time_ms(job, device)
-        record[f"{name}_launches"] = launches(job, device)
         try:
             record[f"{name}_graph_ms"] = graph_ms(job, device)
         except FAILURES as error:

@@ -34,7 +34,7 @@ from benchmarks.gpu_layers import (
     make_problem,
     quantised_name,
 )
-from benchmarks.gpu_measure import described, measure, rates, route_and_permute
+from benchmarks.gpu_measure import count_launches, described, measure, rates, route_and_permute
 from benchmarks.roofline import LAYERS, Layer, forward_flops
 from flex_kernels.quantize import KINDS
 
@@ -49,12 +49,12 @@ DTYPES = ("bfloat16", "float16", "float32")
 # (tokens, skewed) of the sizes that the targets name, then the others.
 TARGET_SIZES = ((8192, False), (128, False), (16, False), (8192, True))
 OTHER_SIZES = ((1024, False), (32768, False), (128, True), (1024, True), (32768, True), (16, True))
-# Most tokens of which launches are counted and a CUDA graph is timed: beyond, the device is busy anyway.
+# Most tokens of which a CUDA graph is timed: beyond, the device is busy anyway.
 FEW_TOKENS = 128
 # batched_mm gathers an expert's weights for every slot: not beyond this many bytes.
 GATHERED_BYTES = 16 * 2**30
 # Assumed for planning, not measured: operations a second of every contender, and seconds around its timing.
-PLANNED_RATE, PLANNED_OVERHEAD_S = 3e14, 1.0
+PLANNED_RATE, PLANNED_OVERHEAD_S = 3e14, 0.8
 PLANNED_CALLS, PLANNED_TIMING_S = 9, 0.2
 
 
@@ -189,9 +189,25 @@ def measure_case(options: argparse.Namespace, case: Case) -> Iterator[tuple[str,
     else:
         layer, tokens, skewed, name = case
         p = problem_of(layer, tokens, skewed, device)
-        few, ours = tokens <= FEW_TOKENS, name.startswith("flex")
-        record = measure(p, name, contenders(options.backends)[name], device, few or ours, graph=few and ours)
+        graph = tokens <= FEW_TOKENS and name.startswith("flex")
+        record = measure(p, name, contenders(options.backends)[name], device, graph)
         yield "measurements", record | {"skewed": skewed}
+
+
+def launch_cases(options: argparse.Namespace) -> list[Case]:
+    names = [f"flex {b} {save}" for b in options.backends[:1] for save in ("recompute", "preact")]
+    sizes = (
+        [(layer.name, t) for t in (128, 8192, 16) for layer in LAYERS]
+        if on_gpu(options)
+        else [(TOY.name, 16)]
+    )
+    return [(*size, name) for size in sizes for name in (*names, GROUPED)]
+
+
+def count(options: argparse.Namespace, case: Case) -> Iterator[tuple[str, Record]]:
+    layer, tokens, name = case
+    p = problem_of(layer, tokens, False, options.device)
+    yield "launches", count_launches(p, name, contenders(options.backends)[name], options.device)
 
 
 def compiled_cases(options: argparse.Namespace) -> list[Case]:
@@ -206,7 +222,7 @@ def measure_compiled(options: argparse.Namespace, case: Case) -> Iterator[tuple[
     layer, tokens, name = case
     p = problem_of(layer, tokens, False, options.device)
     build = compiled_contenders(options.backends, options.device)[name]
-    yield "measurements", measure(p, name, build, options.device, tokens <= FEW_TOKENS) | {"skewed": False}
+    yield "measurements", measure(p, name, build, options.device) | {"skewed": False}
 
 
 def liger_cases(options: argparse.Namespace) -> list[Case]:
@@ -234,7 +250,7 @@ def measure_liger(options: argparse.Namespace, case: Case) -> Iterator[tuple[str
         return
     p, builds = problem_of(layer, tokens, what, options.device), contenders(options.backends)
     for name in (*(f"flex {b} {s}" for b in options.backends[:1] for s in ("preact", "recompute")), LIGER):
-        record = measure(p, name, builds[name], options.device, tokens <= FEW_TOKENS)
+        record = measure(p, name, builds[name], options.device)
         yield "measurements", record | {"skewed": what}
 
 
@@ -299,13 +315,13 @@ def tune(options: argparse.Namespace, case: Case) -> Iterator[tuple[str, Record]
     layer, p = BY_NAME[name], problem_of(name, tokens, False, options.device)
     ours = [f"flex {options.backends[0]} {save}" for save in ("preact", "recompute")]
     builds = contenders(options.backends)
-    pinned = {n: measure(p, n, builds[n], options.device, False) for n in ours}
+    pinned = {n: measure(p, n, builds[n], options.device) for n in ours}
     began = time.perf_counter()
     best = tuning.tune(torch.bfloat16, layer.H, layer.I, layer.E, layer.K, tokens, workers=options.workers)
     record = {"layer": name, "tokens": tokens, "tuning_seconds": round(time.perf_counter() - began, 1)}
     yield "tuning", record | asdict(best)
     for n in ours:
-        tuned = measure(p, n, builds[n], options.device, False)
+        tuned = measure(p, n, builds[n], options.device)
         before = pinned[n].get("both_ms")
         yield "tuned", tuned | {"skewed": False, "pinned_both_ms": before}
 
@@ -315,6 +331,7 @@ PARTS = {
     "warm": Part(warm_cases, warm),
     "targets": Part(target_cases, measure_case),
     "client": Part(client_cases, client),
+    "launches": Part(launch_cases, count),
     "compiled": Part(compiled_cases, measure_compiled),
     "liger": Part(liger_cases, measure_liger),
     "tune": Part(tune_cases, tune),

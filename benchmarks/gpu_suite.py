@@ -41,12 +41,12 @@ BASELINE = ROOT / "tests" / "triton_codegen_baseline.json"
 # Compiled kernels outlive the run, so that a second command on the same machine finds them.
 CACHE = Path(tempfile.gettempdir()) / f"flex-kernels-gpu-suite-{os.getuid()}"
 # What --parts accepts, in the order in which they run.
-PARTS = ("build", "checks", "warm", "kernels", "targets", "client", "tests", "sanitizer", "compiled")
-PARTS += ("liger", "tune", "others", "codegen")
+PARTS = ("build", "checks", "warm", "kernels", "targets", "client", "tests", "sanitizer")
+PARTS += ("launches", "compiled", "liger", "tune", "others", "codegen")
 # Seconds that the first parts, which run side by side, may take; and the limits of the others.
 TOGETHER_S = 125
 CUDA_CHECKS_S, TARGETS_S, CLIENT_S, TESTS_S = 45, 160, 80, 75
-COMPILED_S, LIGER_S, TUNE_S, OTHERS_S = 40, 240, 90, 300
+LAUNCHES_S, COMPILED_S, LIGER_S, TUNE_S, OTHERS_S = 30, 40, 240, 90, 300
 # Seconds a case may take: a hang costs no more.
 CHECK_CASE_S, WARM_CASE_S, CASE_S, CLIENT_CASE_S, COMPILED_CASE_S = 100, 100, 45, 45, 30
 LIGER_CASE_S, TUNE_CASE_S = 100, 85
@@ -201,6 +201,16 @@ def usable_backends(report: Report) -> tuple[str, ...]:
         end(process)
 
 
+def by_health(names: tuple[str, ...], sections: dict[str, Any]) -> tuple[str, ...]:
+    """``names`` with those behind whose checks mostly failed or never ended: the first is the one measured."""
+
+    def broken(name: str) -> bool:
+        passed = [r["passed"] for r in sections.get("checks", ()) if r.get("backend") == name]
+        return sum(passed) * 2 <= len(passed)
+
+    return tuple(sorted(names, key=broken))
+
+
 def on_gpu(suite: Suite) -> None:
     report, cpus, triton = suite.report, os.cpu_count() or 1, ("triton",)
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
@@ -224,6 +234,7 @@ def on_gpu(suite: Suite) -> None:
         return
     if "cuda" in names:
         suite.work("checks", ("cuda",), CUDA_CHECKS_S, CHECK_CASE_S, SHARDS)
+        names = by_health(names, report.sections)
     suite.work("targets", names, TARGETS_S, CASE_S)
     suite.work("client", names, CLIENT_S, CLIENT_CASE_S, alone=True)
     suite.together(
@@ -231,6 +242,7 @@ def on_gpu(suite: Suite) -> None:
         lambda: suite.tests("tests", "tests of quantised experts", [*CODES, "-k", QUANTISED_TESTS], TESTS_S),
         lambda: sanitize(suite),
     )
+    suite.work("launches", names, LAUNCHES_S, CASE_S)
     suite.work("compiled", names, COMPILED_S, COMPILED_CASE_S)
     workers = min(12, cpus)
     # A worker that starts again finds what liger's autotuner has measured.
@@ -292,7 +304,9 @@ def without_gpu(suite: Suite, quick: bool) -> None:
     suite.report.put("note", "no GPU: toy sizes on the CPU exercise the code, and their times say nothing")
     names = ("cpu",) if backends()["cpu"].available else ("reference",)
     parts = tuple(
-        p for p in ("checks", "warm", "targets", "client", "compiled", "others") if p in suite.parts
+        p
+        for p in ("checks", "warm", "targets", "client", "launches", "compiled", "others")
+        if p in suite.parts
     )
     if parts:
         work = Work(parts, "cpu", names, suite.seed, environment=suite.environment)

@@ -35,6 +35,10 @@ def summarise(sections: dict[str, Any]) -> dict[str, Any]:
         peers = {n: r for n, r in groups.get(size, {}).items() if n not in ours_in(groups[size])}
         lines.append(line_of(*size, peers | ours, chip) | {"tuned": True})
     lines = [line for line in lines if "ours" in line]
+    counts = {(r["layer"], r["tokens"], r["name"]): r for r in sections.get("launches", ())}
+    for line in lines:
+        counted = counts.get((line["layer"], line["tokens"], line["ours"]), {})
+        line |= {what: counted.get(what) for what in ("forward_launches", "both_launches")}
     return {
         "layers": lines,
         "targets": [*layer_targets(lines, groups), *routing_targets(sections)],
@@ -94,8 +98,6 @@ def line_of(
         "against_grouped_mm": ratio(GROUPED),
         "against_liger": ratio(LIGER),
         "against_dense": ratio(DENSE),
-        "forward_launches": best.get("forward_launches"),
-        "both_launches": best.get("both_launches"),
     }
     recompute = next((r for n, r in ours.items() if n.endswith("recompute")), None)
     if recompute and recompute.get("saved_bytes") is not None:

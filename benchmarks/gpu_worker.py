@@ -76,10 +76,11 @@ class Ended:
 
 def start(arguments: list[str], environment: dict[str, str], **options: Any) -> subprocess.Popen:
     """A process that leads its own group, from the root of the source tree."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
         [sys.executable, "-c", GROUP, *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | environment,
+        env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | environment,
         text=True,
         errors="replace",
         stdout=subprocess.PIPE,

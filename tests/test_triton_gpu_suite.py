@@ -48,6 +48,7 @@ def test_without_a_gpu_the_suite_checks_measures_and_compiles(one_kernel, tmp_pa
         assert len(step["losses"]) == 4 and step["trained"] == steps["eager"]["trained"]
         assert step["losses"] == pytest.approx(steps["eager"]["losses"], rel=2e-3)
         assert step["tokens_per_second"] > 0 and step["peak_bytes"] > 0
+    assert {r["forward_launches"] for r in found["launches"]} == {None}, "there is no device to launch on"
     (routing,) = found["routing"]
     assert routing["both_ms"] > 0 and routing["route_ms"] > 0
     assert found["summary"]["client"]["eager"]["ours_times_as_fast"] > 0
@@ -331,11 +332,25 @@ def test_on_a_gpu_the_parts_run_in_the_order_of_their_importance(pretended):
     assert set(order[:4]) == first
     assert order[4:6] == ["targets", "client"]
     tests = {"the GPU tests", "tests of quantised experts", "compute-sanitizer memcheck"}
-    assert set(order[6:9]) == tests and order[9:] == ["compiled", "liger", "tune", "others"]
+    assert set(order[6:9]) == tests and order[9:] == ["launches", "compiled", "liger", "tune", "others"]
     assert {b for name, b, _ in noted if name == "checks"} == {("cuda",), ("triton",)}
     assert all(limit <= 540 for *_, limit in noted)
     (wrong,) = report.sections["parts"]
     assert "no more processes" in wrong["failed"], "the client step broke, and the rest went on"
+
+
+def test_a_backend_whose_checks_fail_is_not_the_one_that_is_measured():
+    good, bad = {"backend": "triton", "passed": True}, {"backend": "cuda", "passed": False}
+    names = ("cuda", "triton")
+    assert gpu_suite.by_health(names, {"checks": [good, bad]}) == ("triton", "cuda")
+    assert gpu_suite.by_health(names, {"checks": [good]}) == ("triton", "cuda"), "no check of it ended"
+    assert gpu_suite.by_health(names, {"checks": [good, bad | {"passed": True}]}) == names
+
+
+def test_packages_that_the_user_put_on_the_path_reach_the_workers(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/some/site")
+    process = gpu_worker.start(["sh", "-c", "echo $PYTHONPATH"], {})
+    assert process.communicate()[0].strip() == f"{gpu_worker.ROOT}{os.pathsep}/some/site"
 
 
 def test_parts_that_are_not_asked_for_do_not_run(pretended):
@@ -367,7 +382,7 @@ SECTIONS = {
     "rates": [{"matmul_flops_per_s": 8e14, "copy_bytes_per_s": 4e12}],
     "measurements": [
         measured("flex cuda preact", 2.0),
-        measured("flex cuda recompute", 2.5, saved_bytes=8192 * 4200, both_launches=12),
+        measured("flex cuda recompute", 2.5, saved_bytes=8192 * 4200),
         measured("transformers grouped_mm", 3.5),
         measured("liger fused_moe", 2.4),
         measured("dense of equal FLOPs", 1.6),
@@ -375,6 +390,16 @@ SECTIONS = {
         measured("flex cuda recompute", 0.1, tokens=128, peak_bytes=346_030_081),
         measured("transformers eager", 0.5, tokens=128),
         {"layer": QWEN.name, "tokens": 8192, "skewed": False, "name": "scattermoe", "missing": "no"},
+    ],
+    "launches": [
+        {
+            "layer": QWEN.name,
+            "tokens": 8192,
+            "name": "flex cuda preact",
+            "forward_launches": 6,
+            "both_launches": 12,
+        },
+        {"layer": QWEN.name, "tokens": 8192, "name": "flex cuda recompute", "forward_launches": 6},
     ],
     "routing": [{"tokens": 8192, "both_ms": 0.09, "both_graph_ms": 0.024}],
     "client": [
@@ -435,7 +460,7 @@ def test_a_peer_that_does_not_run_is_no_failure_of_ours():
 def test_the_results_can_be_printed_as_markdown():
     text = tables.gpu_tables(SECTIONS | {"machine": {"gpu": "Some GPU"}})
     assert text.startswith("Measured on Some GPU.")
-    row = "| Qwen1.5-MoE-A2.7B | 8192 | 2.000 | 500 | 0.71 | 1.20 | 1.75 | 1.20 | 0.80 | 4200 | "
+    row = "| Qwen1.5-MoE-A2.7B | 8192 | 2.000 | 500 | 0.71 | 1.20 | 1.75 | 1.20 | 0.80 | 4200 | 6, 12 |"
     assert row in text
     assert "| route + permute, T=8192 E=64 K=8: us | 24.00 | at most 25 | met |" in text
     assert tables.gpu_tables({"measurements": [], "note": "no GPU here"}).startswith("No GPU: no GPU here.")
