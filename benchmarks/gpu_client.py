@@ -44,10 +44,11 @@ def random_model(size: Size, device: str) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def client_step(layer: str, device: str) -> dict[str, Any]:
-    """Tokens a second, peak memory and losses of the client's step with one of CLIENT_LAYERS."""
+def client_step(layer: str, device: str, backend: str) -> dict[str, Any]:
+    """Tokens a second, peak memory and losses of the client's step with one of CLIENT_LAYERS; ours on
+    ``backend``."""
     size = FULL if device == "cuda" else TOY
-    config = comparable(Config(model=Model(dtype="bfloat16", device=device)))
+    config = comparable(Config(model=Model(dtype="bfloat16", device=device, backend=backend)))
     model = random_model(size, device)
     weights = sum(p.numel() for p in model.parameters())
     measured = measure_model(model, layer, config, list(batches(size)))

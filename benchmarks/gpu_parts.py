@@ -295,7 +295,7 @@ def client(options: argparse.Namespace, case: Case) -> Iterator[tuple[str, Recor
     from benchmarks.gpu_client import client_step
 
     began = time.perf_counter()
-    record = client_step(case[0], options.device)
+    record = client_step(case[0], options.device, options.backends[0])
     yield "client", record | {"seconds_in_all": round(time.perf_counter() - began, 1)}
 
 

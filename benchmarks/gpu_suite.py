@@ -202,7 +202,7 @@ def usable_backends(report: Report) -> tuple[str, ...]:
 
 
 def by_health(names: tuple[str, ...], sections: dict[str, Any]) -> tuple[str, ...]:
-    """``names`` with those behind whose checks mostly failed or never ended: the first is the one measured."""
+    """``names``, those behind whose checks mostly failed or never ended: the first is the one measured."""
 
     def broken(name: str) -> bool:
         passed = [r["passed"] for r in sections.get("checks", ()) if r.get("backend") == name]

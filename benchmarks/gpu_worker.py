@@ -32,7 +32,7 @@ DEVICE_BROKEN = 70
 # Seconds a worker may take before its first case: imports, and a machine busy with other workers.
 STARTUP_S = 90
 # How often a part starts again behind a case that ended badly.
-RESTARTS = 6
+RESTARTS = 12
 # Becomes the leader of a group of its own, so that a process and all that it starts can be ended together;
 # not of a session, so that it does not outlive the shell that runs the suite.
 GROUP = "import os, sys; os.setpgrp(); os.execvp(sys.argv[1], sys.argv[1:])"
