@@ -186,11 +186,11 @@ def test_a_case_that_raises_dies_hangs_or_breaks_the_device_costs_itself_alone(t
     path = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{gpu_worker.ROOT}"}
     found = []
     work = gpu_worker.Work(("bad",), "cpu", ("cpu",), environment=path)
-    gpu_worker.run_part(work, 100, 2, lambda section, record: found.append((section, record)))
+    gpu_worker.run_part(work, 250, 4, lambda section, record: found.append((section, record)))
     seen = [record["case"] for section, record in found if section == "seen"]
     assert seen == ["fine", "dies", "hangs", "breaks the device", "fine again"]
     wrong = [record for section, record in found if section == "parts"]
-    reasons = ["RuntimeError: no kernel image", "exit code 3", "over 2 s", "the device is unusable"]
+    reasons = ["RuntimeError: no kernel image", "exit code 3", "over 4 s", "the device is unusable"]
     assert [record["failed"] for record in wrong] == reasons
     assert "a last word" in wrong[1]["output"] and "'hangs'" in wrong[2]["case"]
 
