@@ -156,3 +156,16 @@ def check_layers(backends: list[str], device: str, sizes: tuple, dtypes: tuple, 
                     "error_over_allowed": ratios[worst],
                     "passed": ratios[worst] <= 1,
                 }
+
+
+def far_experts(backend: str) -> dict:
+    """Expert weights of more than 2^31 elements, on a GPU: the last expert must give what it gives alone."""
+    E, H, I = 160, 4096, 2048
+    gate_up = torch.empty(E, 2 * I, H, dtype=torch.bfloat16, device="cuda").normal_(0, H**-0.5)
+    down = torch.empty(E, H, I, dtype=torch.bfloat16, device="cuda").normal_(0, I**-0.5)
+    x = torch.randn(64, H, dtype=torch.bfloat16, device="cuda")
+    ids, ones = torch.full((64, 1), E - 1, device="cuda"), torch.ones(64, 1, device="cuda")
+    far = flex_moe(x, Routed(ids, ones), Experts(gate_up, down), backend=backend)
+    near = flex_moe(x, Routed(ids - ids, ones), Experts(gate_up[-1:], down[-1:]), backend=backend)
+    error = relative_error(far, near)
+    return {"backend": backend, "what": "2^31 elements", "error": error, "passed": error < 1e-2}

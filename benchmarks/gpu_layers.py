@@ -9,8 +9,9 @@ beside it; the personal and shared experts are measured in cases of our own.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -21,6 +22,9 @@ from flex_kernels import Experts, Personal, Routed, Shared, flex_moe
 from flex_kernels.quantize import KINDS, Kind
 
 Forward = Callable[[Tensor], Tensor]
+Build = Callable[["Problem"], Forward]
+GROUPED, EAGER, BATCHED = (f"transformers {kind}" for kind in ("grouped_mm", "eager", "batched_mm"))
+DENSE, LIGER, SCATTERMOE = "dense of equal FLOPs", "liger fused_moe", "scattermoe"
 # What a kernel or a peer that does not work on this machine raises; it is recorded, and the suite goes on.
 FAILURES: tuple[type[Exception], ...] = (RuntimeError, TypeError, AttributeError, NotImplementedError)
 if importlib.util.find_spec("triton"):
@@ -90,7 +94,7 @@ def ours_complete(p: Problem, backend: str, save: str) -> Forward:
 
 
 def transformers_experts(p: Problem, implementation: str) -> Forward:
-    """transformers' own experts module ("eager" or "grouped_mm") over the same frozen weights."""
+    """transformers' own experts ("eager", "grouped_mm" or "batched_mm") over the same frozen weights."""
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
     layer = p.layer
@@ -146,25 +150,51 @@ def dense(p: Problem) -> Forward:
     return forward
 
 
-def contenders(p: Problem, backends: list[str], quantised: bool = False) -> dict[str, Callable[[], Forward]]:
-    """Builders by name: ours first, then what a user could choose instead. A missing peer raises
-    ImportError. ``quantised`` adds 8- and 4-bit experts on the first backend."""
-    found: dict[str, Callable[[], Forward]] = {}
+def compiled(build: Build, device: str, fullgraph: bool) -> Build:
+    """``build``'s layer under torch.compile; off a GPU without code generation, which takes minutes there."""
+
+    def build_compiled(p: Problem) -> Forward:
+        torch._dynamo.reset()
+        backend = "inductor" if device != "cpu" else "aot_eager"
+        return torch.compile(build(p), fullgraph=fullgraph, backend=backend)
+
+    return build_compiled
+
+
+def quantised_name(backend: str, kind: Kind) -> str:
+    return f"flex {backend} recompute, {kind} experts"
+
+
+def complete_name(backend: str) -> str:
+    return f"flex {backend} recompute, with personal and shared"
+
+
+def contenders(backends: Sequence[str]) -> dict[str, Build]:
+    """Every layer that can be measured, by name: ours, then what a user could choose instead.
+
+    A builder whose peer is not installed raises ImportError.
+    """
+    found: dict[str, Build] = {}
     for backend in backends:
-        for save in ("recompute", "preact"):
-            found[f"flex {backend} {save}"] = lambda backend=backend, save=save: ours(p, backend, save)
-    for kind in KINDS if quantised else ():
-        for backend in backends[:1]:
-            found[f"flex {backend} recompute, {kind} experts"] = lambda backend=backend, kind=kind: (
-                ours_quantised(p, backend, kind)
-            )
-    found["transformers grouped_mm"] = lambda: transformers_experts(p, "grouped_mm")
-    found["dense of equal FLOPs"] = lambda: dense(p)
-    found["liger fused_moe"] = lambda: liger(p)
-    found["scattermoe"] = lambda: scattermoe(p)
-    found["transformers eager"] = lambda: transformers_experts(p, "eager")
-    for backend in backends:
-        found[f"flex {backend} recompute, with personal and shared"] = lambda backend=backend: ours_complete(
-            p, backend, "recompute"
-        )
+        for save in ("preact", "recompute"):
+            found[f"flex {backend} {save}"] = partial(ours, backend=backend, save=save)
+        for kind in KINDS:
+            found[quantised_name(backend, kind)] = partial(ours_quantised, backend=backend, kind=kind)
+        found[complete_name(backend)] = partial(ours_complete, backend=backend, save="recompute")
+    found[GROUPED] = partial(transformers_experts, implementation="grouped_mm")
+    found[DENSE] = dense
+    found[LIGER] = liger
+    found[SCATTERMOE] = scattermoe
+    found[EAGER] = partial(transformers_experts, implementation="eager")
+    found[BATCHED] = partial(transformers_experts, implementation="batched_mm")
     return found
+
+
+def compiled_contenders(backends: Sequence[str], device: str) -> dict[str, Build]:
+    """The same under torch.compile: ours as one graph, transformers' with the graph breaks it needs."""
+    plain = contenders(backends)
+    ours_first = [f"flex {backend} recompute" for backend in backends[:1]]
+    return {
+        f"{name}, compiled": compiled(plain[name], device, fullgraph=name in ours_first)
+        for name in (*ours_first, GROUPED, EAGER)
+    }

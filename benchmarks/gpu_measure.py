@@ -6,20 +6,22 @@ Letters: T tokens, H hidden.
 from __future__ import annotations
 
 import gc
+import importlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_layers import FAILURES, Forward, Problem, contenders
-from benchmarks.roofline import Chip, floor_seconds, forward_flops
+from benchmarks.gpu_layers import FAILURES, Build, Forward, Problem
+from benchmarks.roofline import forward_flops
+from flex_kernels import Experts, Personal, Quantized, Shared
 
 
-def time_ms(run: Callable[[], object], device: str, budget_s: float = 0.4, least: int = 5) -> float:
+def time_ms(run: Callable[[], object], device: str, budget_s: float = 0.2, least: int = 5) -> float:
     """Median milliseconds of ``run`` after three warm-up calls; the L2 cache is flushed before each on a
     GPU."""
     for _ in range(3):
@@ -86,6 +88,38 @@ def peak_bytes(run: Callable[[], object], device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
+def weights_of(forward: Forward) -> list[Tensor]:
+    """The weights that a builder of :mod:`benchmarks.gpu_layers` made for its layer."""
+    names, cells = forward.__code__.co_freevars, forward.__closure__ or ()
+    found: list[Tensor] = []
+    for name, value in zip(names, (cell.cell_contents for cell in cells)):
+        if isinstance(value, (Experts, Personal, Shared)):
+            held = [getattr(value, f.name) for f in fields(value)]
+            found += [t for w in held for t in ((w.codes, w.scales) if isinstance(w, Quantized) else (w,))]
+        elif name in ("gate_up", "down"):
+            found.append(value)
+    return [t for t in found if isinstance(t, Tensor)]
+
+
+def saved_bytes(forward: Forward, p: Problem) -> int:
+    """Bytes that autograd holds for backward: x and the routing decision among them, weights not."""
+    given = (p.gate_up_E2IH, p.down_EHI, *weights_of(forward))
+    weights = {t.untyped_storage().data_ptr() for t in given}
+    held: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    x = p.x_TH.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = forward(x)
+    del y
+    return sum(held.values())
+
+
 def kept_bytes(forward: Forward, x: Tensor, device: str) -> int | None:
     """Bytes that stay allocated between forward and backward beyond x, the weights and y; None off a GPU."""
     if device == "cpu":
@@ -112,8 +146,8 @@ def rates(device: str, size: int = 8192) -> dict[str, float]:
     }
 
 
-def measure_one(forward: Forward, p: Problem, device: str) -> dict[str, Any]:
-    """Forward without a graph, and forward with backward to x with frozen experts."""
+def steps(forward: Forward, p: Problem) -> tuple[Tensor, Callable[[], None], Callable[[], None]]:
+    """(x, forward without a graph, forward with backward to x with frozen experts)."""
     x = p.x_TH.clone().requires_grad_()
     dy = torch.randn_like(p.x_TH)
 
@@ -125,45 +159,98 @@ def measure_one(forward: Forward, p: Problem, device: str) -> dict[str, Any]:
         forward(x).backward(dy)
         x.grad = None
 
-    return {
-        "forward_ms": time_ms(infer, device),
-        "both_ms": time_ms(train, device),
-        "peak_bytes": peak_bytes(train, device),
-        "kept_bytes": kept_bytes(forward, x, device),
-        "forward_launches": launches(infer, device),
+    return x, infer, train
+
+
+def measure_one(forward: Forward, p: Problem, device: str) -> dict[str, Any]:
+    """Times and memory. Times come first: whatever breaks after them is recorded beside them."""
+    x, infer, train = steps(forward, p)
+    record: dict[str, Any] = {"forward_ms": time_ms(infer, device), "both_ms": time_ms(train, device)}
+    counts: dict[str, Callable[[], object]] = {
+        "peak_bytes": lambda: peak_bytes(train, device),
+        "kept_bytes": lambda: kept_bytes(forward, x, device),
+        "saved_bytes": lambda: saved_bytes(forward, p),
     }
+    for name, count in counts.items():
+        try:
+            record[name] = count()
+        except FAILURES as error:
+            record[f"{name}_failed"] = described(error)
+    return record
 
 
-def measure(
-    p: Problem, backends: list[str], device: str, chip: Chip, quantised: bool = False
-) -> Iterator[dict[str, Any]]:
-    """One record a contender: its figures, or why it could not run."""
+def count_launches(p: Problem, name: str, build: Build, device: str) -> dict[str, Any]:
+    """Kernels of one contender's passes, after one of each. The profiler may slow down what runs after it:
+    not for a process that measures times."""
+    record: dict[str, Any] = {"layer": p.layer.name, "tokens": p.x_TH.shape[0], "name": name}
+    try:
+        _, infer, train = steps(build(p), p)
+        infer()
+        train()
+        counts = {"forward_launches": launches(infer, device), "both_launches": launches(train, device)}
+    except FAILURES as error:
+        return record | {"failed": described(error)}
+    return record | counts
+
+
+def measure(p: Problem, name: str, build: Build, device: str, graph: bool = False) -> dict[str, Any]:
+    """One contender's figures, or why it could not run; ``graph``: also as a replayed CUDA graph."""
     tokens = p.x_TH.shape[0]
     routed = replace(p.layer, Is=0)
-    forward_work, both_work = forward_flops(routed, tokens), 2 * forward_flops(routed, tokens)
-    for name, build in contenders(p, backends, quantised).items():
-        record: dict[str, Any] = {"layer": p.layer.name, "tokens": tokens, "name": name}
+    record: dict[str, Any] = {"layer": p.layer.name, "tokens": tokens, "name": name}
+    began = time.perf_counter()
+    try:
+        forward = build(p)
+        record |= measure_one(forward, p, device)
+    except ImportError as error:
+        return record | {"missing": str(error)}
+    except FAILURES as error:
+        return record | {"failed": described(error)}
+    if graph:
         try:
-            forward = build()
-            record |= measure_one(forward, p, device)
-            if name.startswith("flex"):
-                record["forward_graph_ms"] = graph_ms(lambda: no_grad(forward, p.x_TH), device)  # noqa: B023
-        except ImportError as error:
-            yield record | {"missing": str(error)}
-            continue
+            record["forward_graph_ms"] = graph_ms(lambda: no_grad(forward, p.x_TH), device)
         except FAILURES as error:
-            yield record | {"failed": f"{type(error).__name__}: {error}"[:400]}
-            continue
-        if "shared" not in name:
-            record["forward_tflops"] = forward_work / record["forward_ms"] / 1e9
-            record["both_tflops"] = both_work / record["both_ms"] / 1e9
-        if not name.endswith(("personal and shared", "int8 experts", "nf4 experts")):
-            # The floor counts 16-bit weights.
-            record["floor_forward_ms"] = 1e3 * floor_seconds(routed, tokens, chip)
-            record["floor_both_ms"] = 1e3 * floor_seconds(routed, tokens, chip, True)
-        yield record
+            record["graph_failed"] = described(error)
+    if "shared" not in name:
+        record["forward_tflops"] = forward_flops(routed, tokens) / record["forward_ms"] / 1e9
+        record["both_tflops"] = 2 * forward_flops(routed, tokens) / record["both_ms"] / 1e9
+    return record | {"seconds": round(time.perf_counter() - began, 2)}
+
+
+def described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:400]
 
 
 def no_grad(forward: Forward, x: Tensor) -> Tensor:
     with torch.no_grad():
         return forward(x)
+
+
+def route_and_permute(backend: str, device: str, tokens: int, H: int, E: int, K: int) -> dict[str, Any]:
+    """Milliseconds of routing alone: scores, choice and weights, then the sort by expert. Both also as a
+    replayed CUDA graph, which leaves the host's time out."""
+    module = importlib.import_module(f"flex_kernels.{backend}")
+    home = "cuda.ops" if backend == "cuda" else "triton.groups"
+    sort = importlib.import_module(f"flex_kernels.{home}").permute
+    dtype = torch.bfloat16
+    x_TH = torch.randn(tokens, H, device=device).to(dtype)
+    weight_EH = (torch.randn(E, H, device=device) / H**0.5).to(dtype)
+    none_GH, none_G = torch.empty(0, H, device=device), torch.empty(0, device=device)
+
+    def route() -> Tensor:
+        return module.route(x_TH, weight_EH, None, none_GH, none_G, K, True, "softmax", 1.0, False)[0]
+
+    ids_TK = route()
+    jobs: dict[str, Callable[[], object]] = {
+        "route": route,
+        "permute": lambda: sort(ids_TK, E),
+        "both": lambda: sort(route(), E),
+    }
+    record: dict[str, Any] = {"backend": backend, "tokens": tokens, "H": H, "E": E, "K": K}
+    for name, job in jobs.items():
+        record[f"{name}_ms"] = time_ms(job, device)
+        try:
+            record[f"{name}_graph_ms"] = graph_ms(job, device)
+        except FAILURES as error:
+            record[f"{name}_graph_failed"] = described(error)
+    return record

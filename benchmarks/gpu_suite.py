@@ -1,72 +1,89 @@
 """One command that proves and measures the GPU path; without a GPU, the parts that need none.
 
-    python -m benchmarks.gpu_suite --out DIR [--minutes 9] [--quick]
+    python -m benchmarks.gpu_suite --out DIR [--minutes 9] [--parts NAME ...] [--quick]
 
-On a GPU: builds the extension, compares the layer with float64, measures it beside its peers, runs the GPU
-tests and compute-sanitizer. Without one: compiles every Triton kernel for sm_80 and sm_90, checks registers,
-spills and shared memory against the committed baseline, and runs the checks and the measuring code on the CPU
-at toy sizes, whose times say nothing. Results go to DIR/gpu_suite.json after every case, written beside it
-and renamed: a killed run keeps what it had.
+On a GPU: builds the extension, compares every kernel and the layer with float64, measures the layer beside
+its peers and a client's whole step, runs the GPU tests and compute-sanitizer, tunes. Every part has its own
+time limit and processes of its own (gpu_worker.py), the most important part first: what breaks or hangs costs
+one case, and what the time runs out on is the least of it. Without a GPU: compiles every Triton kernel for
+sm_80 and sm_90, checks registers, spills and shared memory against the committed baseline, and runs the same
+parts on the CPU at toy sizes, whose times say nothing. Results go to DIR/gpu_suite.json after every case,
+written beside it and renamed: a killed run keeps what it had.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu_checks import QUANTISED_SIZES, QUANTISED_TINY, SIZES, TINY, check_layers
-from benchmarks.gpu_layers import FAILURES, make_problem
-from benchmarks.gpu_measure import measure, rates
-from benchmarks.roofline import LAYERS, Chip, Layer
+from benchmarks.gpu_machine import machine, sanitizer
+from benchmarks.gpu_summary import shown, summarise
+from benchmarks.gpu_worker import ROOT, Work, end, run_part, start
 from flex_kernels import backends
 
-ROOT = Path(__file__).resolve().parent.parent
 BASELINE = ROOT / "tests" / "triton_codegen_baseline.json"
-# Seconds kept from the measurements for the tests that follow them.
-RESERVE_S = 130
-TOY = Layer("toy", 64, 32, 6, 2, 48)
-# The most telling cases first: what the time runs out on is the least of it.
-CASES = [(layer, tokens, skewed) for tokens, skewed in ((8192, False), (128, False)) for layer in LAYERS]
-CASES += [(layer, tokens, False) for tokens in (1024, 16, 32768) for layer in LAYERS]
-CASES += [(layer, 8192, True) for layer in LAYERS]
-# Tokens for which 8- and 4-bit experts are measured too: decoded in the main loop, and ahead of it.
-QUANTISED_TOKENS = (16, 128, 8192)
+# Compiled kernels outlive the run, so that a second command on the same machine finds them.
+CACHE = Path(tempfile.gettempdir()) / f"flex-kernels-gpu-suite-{os.getuid()}"
+# What --parts accepts, in the order in which they run.
+PARTS = ("build", "checks", "warm", "kernels", "targets", "client", "tests", "sanitizer")
+PARTS += ("launches", "compiled", "liger", "tune", "others", "codegen")
+# Seconds that the first parts, which run side by side, may take; and the limits of the others.
+TOGETHER_S = 125
+CUDA_CHECKS_S, TARGETS_S, CLIENT_S, TESTS_S = 45, 160, 80, 75
+LAUNCHES_S, COMPILED_S, LIGER_S, TUNE_S, OTHERS_S = 30, 40, 240, 90, 300
+# Seconds a case may take: a hang costs no more.
+CHECK_CASE_S, WARM_CASE_S, CASE_S, CLIENT_CASE_S, COMPILED_CASE_S = 100, 100, 45, 45, 30
+LIGER_CASE_S, TUNE_CASE_S = 100, 85
+# Seconds kept for the summary, and the least that is worth starting a part for.
+LAST_S, LEAST_S = 5, 10
+# Processes side by side for each of the first parts.
+SHARDS, WARM_SHARDS = (max(1, min(most, (os.cpu_count() or 1) * most // 16)) for most in (5, 8))
 # Of the tests of quantised experts, those that few kernels have to be compiled for.
 QUANTISED_TESTS = "(every_value and bfloat16) or captured or format"
+KERNEL_TESTS = ("tests/triton_suite_kernels.py",)
+SANITIZED = "odd_sizes or skipped or permute"
+FAILED_LINES = 15
 
 
 class Report:
-    """The results so far, on disk after every record."""
+    """The results so far, on disk after every record; for several threads."""
 
     def __init__(self, folder: Path, deadline: float):
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.deadline = folder / "gpu_suite.json", deadline
         self.sections: dict[str, Any] = {}
+        self.lock = threading.RLock()
 
     def left(self) -> float:
         """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def put(self, section: str, value: Any) -> None:
-        self.sections[section] = value
-        self.write()
+        with self.lock:
+            self.sections[section] = value
+            self.write()
 
     def add(self, section: str, record: dict[str, Any]) -> None:
-        self.sections.setdefault(section, []).append(record)
-        self.write()
-        print(f"[{self.left():6.1f} s left] {section}: {json.dumps(record)}", flush=True)
+        with self.lock:
+            self.sections.setdefault(section, []).append(record)
+            self.write()
+            print(f"[{self.left():6.1f} s left] {section}: {json.dumps(record, default=str)}", flush=True)
 
     def write(self) -> None:
         beside = self.path.with_suffix(".tmp")
@@ -74,37 +91,193 @@ class Report:
         os.replace(beside, self.path)
 
 
-def machine() -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "backends": {name: asdict(status) for name, status in backends().items()},
-    }
-    if found["gpu"]:
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"multiprocessors": properties.multi_processor_count, "memory": properties.total_memory}
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv"]
-        if shutil.which("nvidia-smi"):
-            found["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True).stdout
-    return found
-
-
 def command(report: Report, name: str, arguments: list[str], limit: float, **environment: str) -> bool:
     """Run a command within the time that is left; its outcome and the end of its output become a record."""
-    started = time.monotonic()
-    limit = max(1.0, min(limit, report.left()))
+    began = time.monotonic()
+    limit = max(1.0, min(limit, report.left() - LAST_S))
     try:
-        done = subprocess.run(
-            arguments, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=limit
-        )
-        code, output = done.returncode, done.stdout + done.stderr
-    except subprocess.TimeoutExpired as expired:
-        code, output = -1, f"stopped after {limit:.0f} s\n" + str(expired.stdout or "")
-    seconds = round(time.monotonic() - started, 1)
+        process = start(arguments, environment, stdin=subprocess.DEVNULL)
+    except OSError as error:
+        report.add("commands", {"name": name, "passed": False, "output": str(error)})
+        return False
+    try:
+        output, _ = process.communicate(timeout=limit)
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        end(process)
+        output, _ = process.communicate()
+        code, output = -1, f"{output}\nstopped after {limit:.0f} s"
+    finally:
+        end(process)
+    seconds = round(time.monotonic() - began, 1)
     report.add("commands", {"name": name, "passed": code == 0, "seconds": seconds, "output": output[-3000:]})
     return code == 0
+
+
+class Suite:
+    """One run: which parts are asked for, and how they are started."""
+
+    def __init__(self, report: Report, parts: list[str], device: str, seed: int):
+        self.report, self.parts, self.device, self.seed = report, parts, device, seed
+        self.environment = {
+            "TRITON_CACHE_DIR": str(CACHE / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor"),
+            # Plans that were tuned before must not meet what is called pinned here.
+            "XDG_CACHE_HOME": str(CACHE / "pinned"),
+        }
+        # What torch wants for deterministic products, which checks and tests ask for and no measurement does.
+        self.deterministic = self.environment | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        shutil.rmtree(CACHE / "pinned", ignore_errors=True)
+
+    def wants(self, part: str) -> bool:
+        """Whether the part is asked for and there is time to start it."""
+        if part not in self.parts:
+            return False
+        if self.report.left() < LEAST_S + LAST_S:
+            self.report.add("parts", {"part": part, "skipped": "out of time"})
+            return False
+        return True
+
+    def work(
+        self,
+        part: str,
+        names: tuple[str, ...],
+        limit: float,
+        case_limit: float,
+        shards: int = 1,
+        **options: Any,
+    ) -> None:
+        """One part in workers, ``shards`` of them side by side."""
+        if not self.wants(part):
+            return
+        environment = self.deterministic if part == "checks" else self.environment
+        environment = environment | options.pop("environment", {})
+        if shards > 1:
+            threads = str(max(1, (os.cpu_count() or 1) // (2 * shards)))
+            environment["OMP_NUM_THREADS"] = threads
+        limit = min(limit, self.report.left() - LAST_S)
+        works = [
+            Work((part,), self.device, names, self.seed, i, shards, environment=environment, **options)
+            for i in range(shards)
+        ]
+        self.together(
+            *(lambda w=w: run_part(w, limit, case_limit, self.report.add) for w in works),
+        )
+
+    def together(self, *jobs: Callable[[], object]) -> None:
+        """Run jobs side by side; one that raises is a failed record, and the others go on."""
+        with ThreadPoolExecutor(max(1, len(jobs))) as pool:
+            for job in [pool.submit(job) for job in jobs]:
+                error = job.exception()
+                if error is not None:
+                    text = "".join(traceback.format_exception(error))
+                    self.report.add("parts", {"part": "the suite itself", "failed": text[-2000:]})
+
+    def tests(self, part: str, name: str, files: list[str], limit: float, workers: int = 4) -> None:
+        if not self.wants(part):
+            return
+        spread = ["-n", str(workers)] if importlib.util.find_spec("xdist") and workers > 1 else []
+        command(self.report, name, [*PYTEST, *spread, *files], limit, **self.deterministic)
+
+
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=line", "-rfE", "--maxfail=60"]
+PYTEST += ["-p", "no:cacheprovider"]
+
+
+def usable_backends(report: Report) -> tuple[str, ...]:
+    """Our backends that run here, seen by a process that finds what was just built."""
+    code = (
+        "import json; from benchmarks.gpu_machine import machine; print(json.dumps(machine(), default=str))"
+    )
+    process = start([sys.executable, "-c", code], {}, stdin=subprocess.DEVNULL)
+    try:
+        found = json.loads(process.communicate(timeout=60)[0].strip().splitlines()[-1])
+        report.put("machine", found)
+        return tuple(n for n in ("cuda", "triton") if found["backends"][n]["available"])
+    except (subprocess.TimeoutExpired, ValueError, LookupError) as error:
+        report.add("parts", {"part": "machine", "failed": f"{type(error).__name__}: {error}"})
+        return ("triton",)
+    finally:
+        end(process)
+
+
+def by_health(names: tuple[str, ...], sections: dict[str, Any]) -> tuple[str, ...]:
+    """``names``, those behind whose checks mostly failed or never ended: the first is the one measured."""
+
+    def broken(name: str) -> bool:
+        passed = [r["passed"] for r in sections.get("checks", ()) if r.get("backend") == name]
+        return sum(passed) * 2 <= len(passed)
+
+    return tuple(sorted(names, key=broken))
+
+
+def on_gpu(suite: Suite) -> None:
+    report, cpus, triton = suite.report, os.cpu_count() or 1, ("triton",)
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+
+    def built() -> None:
+        if suite.wants("build"):
+            command(report, "build the extension", build, TOGETHER_S, FLEX_KERNELS_CUDA="1")
+
+    # Nothing here is timed, and all of it is compiling: side by side.
+    suite.together(
+        built,
+        lambda: suite.work("checks", triton, TOGETHER_S, CHECK_CASE_S, SHARDS),
+        lambda: suite.work("warm", triton, TOGETHER_S, WARM_CASE_S, WARM_SHARDS),
+        lambda: suite.tests("kernels", "Triton's kernels alone", list(KERNEL_TESTS), TOGETHER_S),
+    )
+    names = usable_backends(report)
+    if not names:
+        report.add(
+            "parts", {"part": "machine", "failed": "no GPU backend runs here", "backends": str(backends())}
+        )
+        return
+    if "cuda" in names:
+        suite.work("checks", ("cuda",), CUDA_CHECKS_S, CHECK_CASE_S, SHARDS)
+        names = by_health(names, report.sections)
+    suite.work("targets", names, TARGETS_S, CASE_S)
+    suite.work("client", names, CLIENT_S, CLIENT_CASE_S, alone=True)
+    suite.together(
+        lambda: suite.tests("tests", "the GPU tests", gpu_tests(), TESTS_S),
+        lambda: suite.tests("tests", "tests of quantised experts", [*CODES, "-k", QUANTISED_TESTS], TESTS_S),
+        lambda: sanitize(suite),
+    )
+    suite.work("launches", names, LAUNCHES_S, CASE_S)
+    suite.work("compiled", names, COMPILED_S, COMPILED_CASE_S)
+    workers = min(12, cpus)
+    # A worker that starts again finds what liger's autotuner has measured.
+    remembered = {"TRITON_CACHE_AUTOTUNING": "1"}
+    suite.work("liger", names, LIGER_S, LIGER_CASE_S, workers=workers, environment=remembered)
+    tuned = CACHE / "tuned"
+    shutil.rmtree(tuned, ignore_errors=True)
+    place = {"XDG_CACHE_HOME": str(tuned)}
+    suite.work("tune", names, TUNE_S, TUNE_CASE_S, workers=workers, environment=place)
+    for plans in (tuned / "flex-kernels").glob("*.json"):
+        shutil.copy(plans, report.path.with_name("tuned_plans.json"))
+    suite.work("others", names, OTHERS_S, CASE_S)
+    if "codegen" in suite.parts and report.left() > 60:
+        codegen(report, quick=True)
+
+
+CODES = ["tests/triton_suite_codes.py"]
+
+
+def gpu_tests() -> list[str]:
+    """The tests of the layer on Triton and of the CUDA kernels, less those of the compiler's output."""
+    cuda = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_cuda_*.py"))
+    return ["tests/triton_suite_layer.py", *(name for name in cuda if "codegen" not in name)]
+
+
+def sanitize(suite: Suite) -> None:
+    if not suite.wants("sanitizer"):
+        return
+    tool = sanitizer()
+    if tool is None:
+        record = {"name": "compute-sanitizer", "missing": "not on PATH or in CUDA_HOME"}
+        suite.report.add("commands", record)
+        return
+    arguments = [tool, "--error-exitcode", "9", *PYTEST, *KERNEL_TESTS, "-k", SANITIZED]
+    command(suite.report, "compute-sanitizer memcheck", arguments, TESTS_S, **suite.deterministic)
 
 
 def codegen(report: Report, quick: bool) -> None:
@@ -127,126 +300,76 @@ def codegen(report: Report, quick: bool) -> None:
         )
 
 
-def checks(report: Report, names: list[str], device: str) -> None:
-    dtypes = (torch.bfloat16, torch.float32, torch.float16)
-    plain, quantised = (SIZES, QUANTISED_SIZES) if device == "cuda" else (TINY, QUANTISED_TINY)
-    seed = int(time.time())
-    # 8- and 4-bit experts in one type alone: every type compiles kernels of its own.
-    for sizes, types in ((plain, dtypes), (quantised, dtypes[:1])):
-        for record in check_layers(names, device, sizes, types, seed):
-            report.add("checks", record | {"seed": seed})
-            if report.left() < 60:
-                return
-
-
-def offsets_beyond_31_bits(report: Report, names: list[str]) -> None:
-    """Expert weights of more than 2^31 elements: the last expert must give what it gives alone."""
-    E, H, I = 160, 4096, 2048
-    gate_up = torch.empty(E, 2 * I, H, dtype=torch.bfloat16, device="cuda").normal_(0, H**-0.5)
-    down = torch.empty(E, H, I, dtype=torch.bfloat16, device="cuda").normal_(0, I**-0.5)
-    from flex_kernels import Experts, Routed, flex_moe
-
-    x = torch.randn(64, H, dtype=torch.bfloat16, device="cuda")
-    ones = torch.ones(64, 1, device="cuda")
-    for name in names:
-        last, only = (
-            torch.full((64, 1), E - 1, device="cuda"),
-            torch.zeros(64, 1, dtype=torch.int, device="cuda"),
-        )
-        far = flex_moe(x, Routed(last, ones), Experts(gate_up, down), backend=name)
-        near = flex_moe(x, Routed(only, ones), Experts(gate_up[-1:], down[-1:]), backend=name)
-        error = ((far - near).norm() / near.norm()).item()
-        report.add(
-            "checks", {"backend": name, "what": "2^31 elements", "error": error, "passed": error < 1e-2}
-        )
-
-
-def measurements(report: Report, names: list[str], device: str) -> None:
-    found = rates(device)
-    report.put("rates", found)
-    chip = Chip("measured in this run", found["matmul_flops_per_s"], found["copy_bytes_per_s"])
-    for layer, tokens, skewed in CASES if device == "cuda" else [(TOY, 16, False), (TOY, 16, True)]:
-        if report.left() < RESERVE_S:
-            report.add("measurements", {"layer": layer.name, "tokens": tokens, "skipped": "out of time"})
-            continue
-        problem = make_problem(layer, tokens, device, torch.bfloat16, skewed)
-        quantised = tokens in QUANTISED_TOKENS and not skewed
-        for record in measure(problem, names, device, chip, quantised):
-            report.add("measurements", record | {"skewed": skewed})
-        del problem
-
-
-def sanitizer() -> str | None:
-    """compute-sanitizer, if it is here."""
-    homes = (os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin", "/usr/local/cuda/compute-sanitizer")
-    return shutil.which("compute-sanitizer") or next(
-        (found for home in homes if (found := shutil.which("compute-sanitizer", path=home))), None
+def without_gpu(suite: Suite, quick: bool) -> None:
+    suite.report.put("note", "no GPU: toy sizes on the CPU exercise the code, and their times say nothing")
+    names = ("cpu",) if backends()["cpu"].available else ("reference",)
+    parts = tuple(
+        p
+        for p in ("checks", "warm", "targets", "client", "launches", "compiled", "others")
+        if p in suite.parts
     )
-
-
-def on_gpu(report: Report) -> None:
-    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    command(report, "build the extension", build, 150, FLEX_KERNELS_CUDA="1")
-    names = [name for name in ("cuda", "triton") if backends()[name].available]
-    report.put("machine", machine())
-    if not names:
-        raise SystemExit(f"no GPU backend runs here: {backends()}")
-    checks(report, names, "cuda")
-    try:
-        offsets_beyond_31_bits(report, names)
-    except FAILURES as error:
-        report.add("checks", {"what": "2^31 elements", "passed": False, "failed": str(error)[:400]})
-    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    suites = ["tests/triton_suite_kernels.py", "tests/triton_suite_layer.py"]
-    cublas = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    command(report, "Triton's tests on the GPU", pytest + suites, 150, **cublas)
-    some = [*pytest, "tests/triton_suite_codes.py", "-k", QUANTISED_TESTS]
-    command(report, "Triton's tests of quantised experts on the GPU", some, 90, **cublas)
-    measurements(report, names, "cuda")
-    cuda_tests = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_cuda_*.py"))
-    command(report, "the CUDA kernels' tests", pytest + cuda_tests, 90)
-    tool = sanitizer()
-    if tool is None:
-        report.add("commands", {"name": "compute-sanitizer", "missing": "not on PATH or in CUDA_HOME"})
-    else:
-        some = [*pytest, *suites, "-k", "odd_sizes or skipped or permute"]
-        command(report, "compute-sanitizer memcheck", [tool, "--error-exitcode", "9", *some], 60, **cublas)
-
-
-def without_gpu(report: Report, quick: bool) -> None:
-    report.put("note", "no GPU: toy sizes on the CPU exercise the code, and their times say nothing")
-    names = ["cpu"] if backends()["cpu"].available else []
-    checks(report, names or ["reference"], "cpu")
-    measurements(report, names, "cpu")
-    codegen(report, quick)
+    if parts:
+        work = Work(parts, "cpu", names, suite.seed, environment=suite.environment)
+        run_part(work, suite.report.left() - LAST_S, 120, suite.report.add)
+    if "codegen" in suite.parts:
+        codegen(suite.report, quick)
 
 
 def failures(sections: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What is wrong with us: a peer that does not run here is recorded, and is no failure."""
     for name in ("commands", "checks", "codegen"):
         yield from (record for record in sections.get(name, ()) if not record.get("passed", True))
-    yield from (record for record in sections.get("measurements", ()) if "failed" in record)
+    yield from (record for record in sections.get("parts", ()) if "failed" in record)
+    for name in ("measurements", "tuned"):
+        yield from (
+            r
+            for r in sections.get(name, ())
+            if r["name"].startswith("flex") and any("failed" in k for k in r)
+        )
+
+
+def finish(report: Report) -> int:
+    """Put the summary beside the records and print it last; 1 with failures, else 0."""
+    bad = list(failures(report.sections))
+    report.put("failures", len(bad))
+    for record in bad[:FAILED_LINES]:
+        print("FAILED", json.dumps(record, default=str)[:400], flush=True)
+    if len(bad) > FAILED_LINES:
+        print(f"and {len(bad) - FAILED_LINES} more failures in {report.path}")
+    try:
+        summary = summarise(report.sections)
+        report.put("summary", summary)
+        print(f"\n{shown(summary)}\n")
+    except (LookupError, TypeError, ValueError, ZeroDivisionError):
+        report.put("summary", {"failed": traceback.format_exc()[-2000:]})
+        print(traceback.format_exc())
+        bad.append({"part": "summary"})
+    print(f"{report.path}: {len(bad)} failures")
+    return 1 if bad else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu_suite", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu_suite.json")
     parser.add_argument("--minutes", type=float, default=9.0, help="time to stay within (default 9)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument(
         "--quick", action="store_true", help="without a GPU: leave the small-tile kernels out"
     )
     options = parser.parse_args(argv)
     report = Report(options.out, time.monotonic() + 60 * options.minutes)
-    report.put("machine", machine())
-    if torch.cuda.is_available():
-        on_gpu(report)
-    else:
-        without_gpu(report, options.quick)
-    bad = list(failures(report.sections))
-    report.put("failures", len(bad))
-    for record in bad:
-        print("FAILED", json.dumps(record, default=str)[:600], flush=True)
-    print(f"{report.path}: {len(bad)} failures")
-    return 1 if bad else 0
+    try:
+        report.put("machine", machine())
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        suite = Suite(report, options.parts, device, seed=int(time.time()))
+        if device == "cuda":
+            on_gpu(suite)
+        else:
+            without_gpu(suite, options.quick)
+    except Exception:
+        # Whatever it is, what was found so far is summed up and printed.
+        report.add("parts", {"part": "the suite itself", "failed": traceback.format_exc()[-2000:]})
+    return finish(report)
 
 
 if __name__ == "__main__":

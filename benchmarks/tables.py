@@ -4,6 +4,7 @@ python -m benchmarks.tables benchmarks/results/layer_cpu.json
 python -m benchmarks.tables benchmarks/results/federation.json
 python -m benchmarks.tables benchmarks/results/quantized_quality.json
 python -m benchmarks.tables benchmarks/results/full_size.json
+python -m benchmarks.tables gpu_suite.json
 """
 
 from __future__ import annotations
@@ -141,6 +142,20 @@ def full_size_table(result: dict[str, Any]) -> str:
     )
 
 
+def gpu_tables(result: dict[str, Any]) -> str:
+    """A run of the GPU suite: the layer at every size, a client's step, the targets."""
+    from benchmarks.gpu_summary import client_rows, layer_rows, summarise, target_rows
+
+    summary = summarise(result)
+    parts = [rows(summary) for rows in (layer_rows, client_rows, target_rows)]
+    tables = [table(header, rows) for header, rows in parts if rows]
+    gpu = (result.get("machine") or {}).get("gpu")
+    said = (
+        f"Measured on {gpu}." if gpu else f"No GPU: {result.get('note', 'nothing here was measured on one')}."
+    )
+    return "\n\n".join([said, *tables])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print results as Markdown tables.")
     parser.add_argument("file", type=Path)
@@ -150,6 +165,7 @@ def main() -> None:
         ("layer_error", quality_tables),
         ("memory_by_part_bytes", full_size_table),
         ("results", federation_table),
+        ("measurements", gpu_tables),
     ):
         if key in result:
             print(tables(result))

@@ -196,10 +196,8 @@ def measure_in_process(layer: str, settings: Path, batches: Path) -> dict[str, A
 
 
 def measure(layer: str, config: Config, batches: Sequence[Batch]) -> dict[str, Any]:
-    """The federation step in this process: timed seconds, tokens per second, bytes, every step's loss."""
-    from flex.client import train_locally
-    from flex.session import load_model, prepare_model
-    from flex.strategies import STRATEGIES
+    """The federation step in this process, on the configured model; see :func:`measure_model`."""
+    from flex.session import load_model
 
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -207,6 +205,21 @@ def measure(layer: str, config: Config, batches: Sequence[Batch]) -> dict[str, A
         # transformers' layers know no quantised experts: they run on the model as it is.
         config = replace(config, model=replace(config.model, experts=""))
     model, _ = load_model(config)
+    return measure_model(model, layer, config, batches)
+
+
+def measure_model(model: Any, layer: str, config: Config, batches: Sequence[Batch]) -> dict[str, Any]:
+    """The federation step on a frozen model: timed seconds, tokens per second, bytes, every step's loss.
+
+    Args:
+        model: prepared in place, with a personal expert and LoRA, around the layer to measure.
+        layer: "flex_kernels", or one of transformers' own ("grouped_mm", "eager").
+        batches: a step each; the first is not timed.
+    """
+    from flex.client import train_locally
+    from flex.session import prepare_model
+    from flex.strategies import STRATEGIES
+
     if layer == "flex_kernels":
         prepare_model(model, config, STRATEGIES["flex"]())
     else:

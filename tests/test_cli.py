@@ -302,3 +302,92 @@ def test_a_benchmark_without_cases_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="no case to draw"):
         plot_bench({"cases": {}}, tmp_path / "x.png")
+
+
+def test_tuning_without_a_gpu_says_so_in_one_line(capsys, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    sizes = ["--hidden", "64", "--width", "32", "--experts", "4", "--top-k", "2"]
+    err = failed(capsys, "tune", *sizes)
+    assert err == "flex-moe tune: tuning measures on a GPU, and torch sees no CUDA device\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--hidden, --width, --experts, --top-k missing: give --model, or all of"),
+        (["--hidden", "64", "--experts", "4"], "--width, --top-k missing"),
+        (
+            ["--hidden", "64", "--width", "9", "--experts", "4", "--top-k", "5"],
+            "--top-k 5 exceeds --experts 4",
+        ),
+        (["--model", "demo", "--width", "9"], "--width and --model exclude each other"),
+        (["--model", "/no/such/folder"], "--model /no/such/folder: its configuration cannot be read"),
+        (["--hidden", "0"], "0 is not at least 1"),
+    ],
+)
+def test_sizes_to_tune_for_that_make_no_sense_are_named(argv, message, capsys):
+    assert message in failed(capsys, "tune", *argv)
+
+
+def test_a_dense_model_cannot_be_tuned_for(tmp_path, capsys):
+    from transformers import LlamaConfig
+
+    LlamaConfig(hidden_size=64).save_pretrained(tmp_path)
+    err = failed(capsys, "tune", "--model", str(tmp_path))
+    assert "(LlamaConfig) has no num_experts or n_routed_experts or num_local_experts" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "want"),
+    [
+        ("Qwen2MoeConfig", {}, (2048, 1408, 60, 4, 5632)),
+        ("MixtralConfig", {}, (4096, 14336, 8, 2, 0)),
+        ("OlmoeConfig", {"hidden_size": 2048, "intermediate_size": 1024}, (2048, 1024, 64, 8, 0)),
+        ("DeepseekV2Config", {"n_routed_experts": 64, "num_experts_per_tok": 6}, (4096, 1407, 64, 6, 2814)),
+        ("Qwen3MoeConfig", {}, (2048, 768, 128, 8, 0)),
+    ],
+)
+def test_the_sizes_of_a_layer_are_read_from_the_models_configuration(name, settings, want, tmp_path):
+    import transformers
+
+    from flex.commands.tune import Sizes, sizes_of_model
+
+    getattr(transformers, name)(**settings).save_pretrained(tmp_path)
+    assert sizes_of_model(str(tmp_path)) == Sizes(*want)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_tuning_measures_each_set_of_experts_and_says_where_it_keeps_them(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    import torch
+
+    from flex_kernels import triton as backend
+    from flex_kernels.triton import tune
+    from flex_kernels.triton.tiles import Tile, same
+
+    asked = []
+
+    def measured(dtype, H, I, E, K, T, weights, workers):
+        asked.append((dtype, H, I, E, K, T, weights, workers))
+        return tune.Best(same(Tile(64, 128, 32, per_sm=2)), dict.fromkeys(tune.PRODUCTS, 0.25), 12, 1)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(backend, "status", lambda device_type: "")
+    monkeypatch.setattr(tune, "tune", measured)
+    monkeypatch.setattr(tune, "cache_file", lambda device: tmp_path / "plans.json")
+    sizes = ["--hidden", "64", "--width", "32", "--experts", "4", "--top-k", "2", "--shared", "48"]
+    options = ["--tokens", "100", "120", "16", "--weights", "nf4", "--workers", "3"]
+    assert cli.main(["tune", *sizes, *options]) == 0
+    out, err = capsys.readouterr()
+    bf16 = torch.bfloat16
+    assert asked == [
+        (bf16, 64, width, *who, tokens, weights, 3)
+        for tokens in (16, 128)
+        for width, who, weights in ((32, (4, 2), "nf4"), (32, (1, 1), "plain"), (48, (1, 1), "plain"))
+    ]
+    assert "routed experts, 128 tokens" in err
+    assert f"kept in {tmp_path / 'plans.json'}" in out
+    assert out.count("down_backward") == 6 and "0.250" in out

@@ -1,6 +1,8 @@
 """The GPU suite and the roofline as they run on a machine without a GPU."""
 
+import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,8 +12,8 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import gpu_checks, gpu_suite, roofline
-from benchmarks.gpu_layers import contenders, make_problem
+from benchmarks import gpu_checks, gpu_parts, gpu_suite, gpu_summary, gpu_worker, roofline, tables
+from benchmarks.gpu_layers import LIGER, SCATTERMOE, compiled_contenders, contenders, make_problem
 from flex_kernels.triton import codegen
 
 QWEN = next(layer for layer in roofline.LAYERS if layer.name.startswith("Qwen1.5"))
@@ -26,19 +28,42 @@ def one_kernel(monkeypatch):
     monkeypatch.setattr(gpu_suite.torch.cuda, "is_available", lambda: False)
 
 
-def test_without_a_gpu_the_suite_checks_measures_and_compiles(one_kernel, tmp_path):
-    assert gpu_suite.main(["--out", str(tmp_path), "--quick"]) == 0
+def test_without_a_gpu_the_suite_checks_measures_and_compiles(one_kernel, tmp_path, capsys):
+    assert gpu_suite.main(["--out", str(tmp_path), "--quick"]) == 0, capsys.readouterr().out
     found = json.loads((tmp_path / "gpu_suite.json").read_text())
     assert found["failures"] == 0 and found["machine"]["gpu"] is None
     assert {r["backend"] for r in found["checks"]} <= {"cpu", "reference"}
     assert all(r["error_over_allowed"] <= 1 for r in found["checks"])
     assert [r["name"] for r in found["codegen"]] == ["sm_90 bf16 combine"]
     measured = {r["name"]: r for r in found["measurements"]}
-    assert measured["transformers grouped_mm"]["both_ms"] > 0
+    for name in ("grouped_mm", "eager", "batched_mm", "grouped_mm, compiled", "eager, compiled"):
+        assert measured[f"transformers {name}"]["both_ms"] > 0, name
+    assert {r["skewed"] for r in found["measurements"]} == {True, False}
+    assert {r["name"] for r in found["measurements"] if "failed" in r} == set()
+    assert found.get("parts", []) == [], "no part was stopped or failed"
+    steps = {r["layer"]: r for r in found["client"]}
+    assert list(steps) == ["flex_kernels", "grouped_mm", "eager"]
+    # The same model, batches and start: the losses agree up to bfloat16.
+    for step in steps.values():
+        assert len(step["losses"]) == 4 and step["trained"] == steps["eager"]["trained"]
+        assert step["losses"] == pytest.approx(steps["eager"]["losses"], rel=2e-3)
+        assert step["tokens_per_second"] > 0 and step["peak_bytes"] > 0
+    assert {r["forward_launches"] for r in found["launches"]} == {None}, "there is no device to launch on"
+    (routing,) = found["routing"]
+    assert routing["both_ms"] > 0 and routing["route_ms"] > 0
+    assert found["summary"]["client"]["eager"]["ours_times_as_fast"] > 0
+    (even, skewed) = found["summary"]["layers"]
+    assert (even["skewed"], skewed["skewed"]) == (False, True)
     assert {r["sizes"][-1] for r in found["checks"]} == {"plain", "int8", "nf4"}
     if "cpu" in {r["backend"] for r in found["checks"]}:
         assert measured["flex cpu recompute, nf4 experts"]["both_ms"] > 0
-        assert "floor_both_ms" not in measured["flex cpu recompute, int8 experts"]
+        assert measured["flex cpu recompute, compiled"]["both_ms"] > 0
+        # 16 tokens: x of 64 numbers in 2 bytes, 2 ids and 2 weights of 4 bytes. Nothing else is kept.
+        assert measured["flex cpu recompute"]["saved_bytes"] == 16 * (2 * 64 + 2 * 4 + 2 * 4)
+        assert even["saved_bytes_a_token"] == 144
+        # With a personal expert the gate's 4 bytes a token, and once a float32 copy of its row.
+        complete = measured["flex cpu recompute, with personal and shared"]
+        assert complete["saved_bytes"] == 16 * (144 + 4) + 64 * 4
     assert "times say nothing" in found["note"]
 
 
@@ -47,7 +72,7 @@ def test_a_kernel_that_spills_fails_the_suite(one_kernel, tmp_path, monkeypatch)
     monkeypatch.setattr(
         codegen, "resources", lambda *args: type(real(*args))(**(vars(real(*args)) | {"stack": 8}))
     )
-    assert gpu_suite.main(["--out", str(tmp_path), "--quick"]) == 1
+    assert gpu_suite.main(["--out", str(tmp_path), "--quick", "--parts", "codegen"]) == 1
     (record,) = json.loads((tmp_path / "gpu_suite.json").read_text())["codegen"]
     assert not record["passed"] and record["stack"] == 8
 
@@ -75,28 +100,31 @@ def test_every_contender_computes_the_same_layer():
     layer = roofline.Layer("small", 32, 16, 5, 2)
     p = make_problem(layer, 9, "cpu", gpu_suite.torch.float32)
     want = None
-    for name, build in contenders(p, ["cpu"]).items():
-        if "dense" in name or "personal" in name or name in ("liger fused_moe", "scattermoe"):
+    layers = contenders(["cpu"]) | compiled_contenders(["cpu"], "cpu")
+    for name, build in layers.items():
+        if any(part in name for part in ("dense", "personal", "experts", "liger", "scattermoe")):
             continue
-        got = build()(p.x_TH)
+        got = build(p)(p.x_TH)
         want = got if want is None else want
         gpu_suite.torch.testing.assert_close(got, want, msg=name)
 
 
 def test_quantised_contenders_are_the_same_layer_up_to_their_rounding():
     p = make_problem(roofline.Layer("small", 64, 32, 5, 2), 9, "cpu", gpu_suite.torch.float32)
-    found = contenders(p, ["cpu"], quantised=True)
-    want = found["flex cpu recompute"]()(p.x_TH)
+    found = contenders(["cpu"])
+    want = found["flex cpu recompute"](p)(p.x_TH)
     for kind, least, most in (("int8", 1e-3, 0.03), ("nf4", 0.03, 0.3)):
-        got = found[f"flex cpu recompute, {kind} experts"]()(p.x_TH)
+        got = found[f"flex cpu recompute, {kind} experts"](p)(p.x_TH)
         assert least < ((got - want).norm() / want.norm()).item() < most, kind
-    assert not any("experts" in name for name in contenders(p, ["cpu"]))
 
 
 def test_the_tests_that_the_suite_picks_by_name_exist():
     suite = (gpu_suite.ROOT / "tests" / "triton_suite_codes.py").read_text()
     for name in ("test_every_value", "captured", "of_the_format"):
         assert name in suite
+    kernels = (gpu_suite.ROOT / gpu_suite.KERNEL_TESTS[0]).read_text()
+    assert any(word in kernels for word in gpu_suite.SANITIZED.split(" or "))
+    assert all((gpu_suite.ROOT / name).is_file() for name in (*gpu_suite.gpu_tests(), *gpu_suite.CODES))
 
 
 def test_the_floor_is_arithmetic_for_many_tokens_and_memory_for_few():
@@ -126,3 +154,313 @@ def test_a_backend_that_breaks_is_a_failed_check_and_not_the_end(monkeypatch):
     found = list(gpu_checks.check_layers(["cpu"], "cpu", gpu_checks.TINY[:2], (gpu_suite.torch.float32,), 0))
     assert [r["failed"] for r in found] == ["RuntimeError: illegal memory access"] * 2
     assert not any(r["passed"] for r in found)
+
+
+BAD_CASES = """
+import sys
+
+if sys.orig_argv[1:2] == ["-m"]:
+    import os, time
+    from benchmarks import gpu_parts
+
+    def run(options, case):
+        (what,) = case
+        if what == "raises":
+            raise RuntimeError("no kernel image")
+        yield "seen", {"case": what}
+        if what == "dies":
+            print("a last word")
+            os._exit(3)
+        if what == "hangs":
+            time.sleep(60)
+        if what == "breaks the device":
+            gpu_parts.device_works = lambda device: False
+
+    names = ("fine", "raises", "dies", "hangs", "breaks the device", "fine again")
+    gpu_parts.PARTS["bad"] = gpu_parts.Part(lambda options: [(name,) for name in names], run)
+"""
+
+
+def test_a_case_that_raises_dies_hangs_or_breaks_the_device_costs_itself_alone(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BAD_CASES)
+    path = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{gpu_worker.ROOT}"}
+    found = []
+    work = gpu_worker.Work(("bad",), "cpu", ("cpu",), environment=path)
+    gpu_worker.run_part(work, 250, 4, lambda section, record: found.append((section, record)))
+    seen = [record["case"] for section, record in found if section == "seen"]
+    assert seen == ["fine", "dies", "hangs", "breaks the device", "fine again"]
+    wrong = [record for section, record in found if section == "parts"]
+    reasons = ["RuntimeError: no kernel image", "exit code 3", "over 4 s", "the device is unusable"]
+    assert [record["failed"] for record in wrong] == reasons
+    assert "a last word" in wrong[1]["output"] and "'hangs'" in wrong[2]["case"]
+
+
+SLOW = """
+import time
+print('@suite {"case": 0, "name": "slow"}', flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_part_ends_with_its_time_and_says_during_which_case(monkeypatch):
+    real = gpu_worker.start
+    slow = [sys.executable, "-c", SLOW]
+    monkeypatch.setattr(gpu_worker, "start", lambda arguments, *given, **named: real(slow, *given, **named))
+    found = []
+    work = gpu_worker.Work(("any",), "cpu", ("cpu",))
+    gpu_worker.run_part(work, 3, 60, lambda section, record: found.append((section, record)))
+    assert found == [("parts", {"part": "any", "stopped": "its 3 s are over", "during": "slow"})]
+
+
+def test_ending_a_process_ends_what_it_started():
+    process = gpu_worker.start(["sh", "-c", "sleep 100 & echo $!; wait"], {})
+    child = int(process.stdout.readline())
+    gpu_worker.end(process)
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the child is still running")
+
+
+def test_what_a_worker_prints_beside_its_messages_is_not_one():
+    assert gpu_worker.parsed("@suite not json") is None
+    assert gpu_worker.parsed("@suite [1]") is None
+    assert gpu_worker.parsed('{"case": 1}') is None
+    assert gpu_worker.parsed('@suite {"case": 1}\n') == {"case": 1}
+
+
+OPTIONS = argparse.Namespace(device="cuda", backends=["cuda", "triton"], seed=0, workers=1)
+
+
+def layer_cases(part):
+    return [case for case in gpu_parts.PARTS[part].cases(OPTIONS) if case[0] in gpu_parts.BY_NAME]
+
+
+def test_every_layer_size_and_routing_of_the_issue_is_measured_beside_its_peers():
+    names = {}
+    for layer, tokens, skewed, name in layer_cases("targets") + layer_cases("others"):
+        names.setdefault((layer, tokens, skewed), set()).add(name)
+    peers = {"transformers grouped_mm", "dense of equal FLOPs", SCATTERMOE}
+    for layer in roofline.LAYERS:
+        for tokens in (16, 128, 1024, 8192, 32768):
+            for skewed in (False, True):
+                found = names[layer.name, tokens, skewed]
+                assert peers | {"flex cuda preact", "flex cuda recompute"} <= found
+                assert tokens > 128 or "transformers eager" in found
+    known = contenders(OPTIONS.backends)
+    assert all(found <= known.keys() for found in names.values())
+
+
+def test_the_targets_are_measured_first_and_fit_their_time():
+    sizes = [(tokens, skewed) for _, tokens, skewed, _ in layer_cases("targets")]
+    assert list(dict.fromkeys(sizes)) == [(8192, False), (128, False), (16, False), (8192, True)]
+    installed = [c for c in layer_cases("targets") if c[3] != SCATTERMOE]
+    planned = sum(map(gpu_parts.estimated_seconds, installed)) + 10
+    assert planned < gpu_suite.TARGETS_S
+    both = planned + sum(map(gpu_parts.estimated_seconds, layer_cases("others")))
+    assert both < 540, "a second run with --parts targets others has them all"
+
+
+def test_liger_is_tuned_for_a_layer_before_it_is_measured_there(monkeypatch):
+    monkeypatch.setattr(gpu_parts.gpu_liger, "installed", lambda: False)
+    assert gpu_parts.PARTS["liger"].cases(OPTIONS) == []
+    monkeypatch.setattr(gpu_parts.gpu_liger, "installed", lambda: True)
+    cases = gpu_parts.PARTS["liger"].cases(OPTIONS)
+    first, *rest = cases[: len(cases) // len(roofline.LAYERS)]
+    assert first == (QWEN.name, 8192, "tune") and rest[0] == (QWEN.name, 8192, False)
+    assert {case[1:] for case in rest} == {
+        (tokens, skewed) for tokens in (16, 128, 1024, 8192, 32768) for skewed in (False, True)
+    }
+    assert LIGER in contenders(OPTIONS.backends)
+
+
+def test_the_shares_of_a_tuners_configurations_are_all_of_them_and_never_empty():
+    shares = [gpu_parts.gpu_liger.share(range(10), part, 4) for part in range(4)]
+    assert sorted(one for part in shares for one in part) == list(range(10))
+    assert gpu_parts.gpu_liger.share(range(2), 3, 4) == [0]
+
+
+def test_batched_products_are_left_out_where_they_would_gather_too_much():
+    assert "transformers batched_mm" in gpu_parts.target_names(["cuda"], QWEN, 128)
+    mixtral = roofline.LAYERS[-1]
+    assert "transformers batched_mm" not in gpu_parts.target_names(["cuda"], mixtral, 128)
+    assert "transformers batched_mm" in gpu_parts.target_names(["cuda"], mixtral, 16)
+
+
+def test_whatever_is_measured_was_compiled_before():
+    warm = {case[2] for case in gpu_parts.PARTS["warm"].cases(OPTIONS)}
+    ours = {c[3] for c in layer_cases("targets") + layer_cases("others") if c[3].startswith("flex")}
+    assert ours <= warm
+
+
+@pytest.fixture
+def pretended(monkeypatch, tmp_path):
+    """A suite on a GPU whose workers and commands are only noted, in order: (name, limit)."""
+    noted = []
+
+    def part(work, limit, case_limit, receive):
+        noted.append((work.parts[0], work.backends, limit))
+        if work.parts[0] == "client":
+            raise OSError("no more processes")
+
+    monkeypatch.setattr(gpu_suite, "run_part", part)
+    monkeypatch.setattr(
+        gpu_suite, "command", lambda report, name, arguments, limit, **e: noted.append((name, e, limit))
+    )
+    monkeypatch.setattr(gpu_suite, "usable_backends", lambda report: ("cuda", "triton"))
+    monkeypatch.setattr(gpu_suite, "sanitizer", lambda: "/bin/compute-sanitizer")
+    monkeypatch.setattr(gpu_suite, "CACHE", tmp_path / "cache")
+    parts = [part for part in gpu_suite.PARTS if part != "codegen"]
+
+    def run(seconds, parts=parts):
+        report = gpu_suite.Report(tmp_path, time.monotonic() + seconds)
+        gpu_suite.on_gpu(gpu_suite.Suite(report, parts, "cuda", 0))
+        return noted, report
+
+    return run
+
+
+def test_on_a_gpu_the_parts_run_in_the_order_of_their_importance(pretended):
+    noted, report = pretended(540)
+    order = list(dict.fromkeys(name for name, *_ in noted))
+    first = {"build the extension", "checks", "warm", "Triton's kernels alone"}
+    assert set(order[:4]) == first
+    assert order[4:6] == ["targets", "client"]
+    tests = {"the GPU tests", "tests of quantised experts", "compute-sanitizer memcheck"}
+    assert set(order[6:9]) == tests and order[9:] == ["launches", "compiled", "liger", "tune", "others"]
+    assert {b for name, b, _ in noted if name == "checks"} == {("cuda",), ("triton",)}
+    assert all(limit <= 540 for *_, limit in noted)
+    (wrong,) = report.sections["parts"]
+    assert "no more processes" in wrong["failed"], "the client step broke, and the rest went on"
+
+
+def test_a_backend_whose_checks_fail_is_not_the_one_that_is_measured():
+    good, bad = {"backend": "triton", "passed": True}, {"backend": "cuda", "passed": False}
+    names = ("cuda", "triton")
+    assert gpu_suite.by_health(names, {"checks": [good, bad]}) == ("triton", "cuda")
+    assert gpu_suite.by_health(names, {"checks": [good]}) == ("triton", "cuda"), "no check of it ended"
+    assert gpu_suite.by_health(names, {"checks": [good, bad | {"passed": True}]}) == names
+
+
+def test_packages_that_the_user_put_on_the_path_reach_the_workers(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/some/site")
+    process = gpu_worker.start(["sh", "-c", "echo $PYTHONPATH"], {})
+    assert process.communicate()[0].strip() == f"{gpu_worker.ROOT}{os.pathsep}/some/site"
+
+
+def test_parts_that_are_not_asked_for_do_not_run(pretended):
+    noted, _ = pretended(540, ["targets", "tune"])
+    assert [name for name, *_ in noted] == ["targets", "tune"]
+
+
+def test_a_suite_without_time_starts_nothing_and_says_so(pretended):
+    noted, report = pretended(5)
+    assert noted == []
+    assert {r["part"] for r in report.sections["parts"] if "skipped" in r} >= {"build", "checks", "tune"}
+
+
+def test_an_error_of_the_suite_itself_leaves_a_summary(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_suite.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_suite, "without_gpu", lambda *args: 1 / 0)
+    assert gpu_suite.main(["--out", str(tmp_path)]) == 1
+    found = json.loads((tmp_path / "gpu_suite.json").read_text())
+    assert "ZeroDivisionError" in found["parts"][0]["failed"] and "summary" in found
+    assert "1 failures" in capsys.readouterr().out
+
+
+def measured(name, both_ms, tokens=8192, **more):
+    record = {"layer": QWEN.name, "tokens": tokens, "skewed": False, "name": name, "both_ms": both_ms}
+    return record | {"forward_ms": both_ms / 3, "both_tflops": 1000 / both_ms} | more
+
+
+SECTIONS = {
+    "rates": [{"matmul_flops_per_s": 8e14, "copy_bytes_per_s": 4e12}],
+    "measurements": [
+        measured("flex cuda preact", 2.0),
+        measured("flex cuda recompute", 2.5, saved_bytes=8192 * 4200),
+        measured("transformers grouped_mm", 3.5),
+        measured("liger fused_moe", 2.4),
+        measured("dense of equal FLOPs", 1.6),
+        measured("flex cuda recompute, int8 experts", 0.5),
+        measured("flex cuda recompute", 0.1, tokens=128, peak_bytes=346_030_081),
+        measured("transformers eager", 0.5, tokens=128),
+        {"layer": QWEN.name, "tokens": 8192, "skewed": False, "name": "scattermoe", "missing": "no"},
+    ],
+    "launches": [
+        {
+            "layer": QWEN.name,
+            "tokens": 8192,
+            "name": "flex cuda preact",
+            "forward_launches": 6,
+            "both_launches": 12,
+        },
+        {"layer": QWEN.name, "tokens": 8192, "name": "flex cuda recompute", "forward_launches": 6},
+    ],
+    "routing": [{"tokens": 8192, "both_ms": 0.09, "both_graph_ms": 0.024}],
+    "client": [
+        {"layer": "flex_kernels", "tokens_per_second": 300.0, "peak_bytes": 50, "loaded_bytes": 1},
+        {"layer": "eager", "tokens_per_second": 100.0, "peak_bytes": 100, "loaded_bytes": 1},
+    ],
+}
+
+
+def test_the_summary_takes_the_faster_of_ours_against_each_peer():
+    found = gpu_summary.summarise(SECTIONS)
+    many, few = found["layers"]
+    assert many["ours"] == "flex cuda preact" and many["best_peer"] == "liger fused_moe"
+    assert many["against_grouped_mm"] == 1.75 and many["against_liger"] == pytest.approx(1.2)
+    assert many["against_best_peer"] == pytest.approx(1.2) and many["against_dense"] == pytest.approx(0.8)
+    assert many["saved_bytes_a_token"] == 4200
+    # 2 x 6 x 2048 x 8192 x 4 x 1408 operations at 8e14 a second, over 2 ms.
+    assert many["of_roofline"] == pytest.approx(2 * 6 * 2048 * 8192 * 4 * 1408 / 8e14 / 2e-3)
+    assert few["against_best_peer"] == 5.0
+    targets = {t["target"]: t for t in found["targets"]}
+    met = {name.removeprefix("Qwen1.5-MoE-A2.7B, "): t["met"] for name, t in targets.items()}
+    assert met["T=8192: times grouped_mm"] and met["T=8192: of equal-FLOP dense"]
+    assert met["T=8192: times liger"] is False and met["T=128: times the best peer"] is True
+    assert met["T=16: times the best peer"] is None
+    assert targets["Qwen1.5-MoE-A2.7B, T=8192: TFLOP/s"]["value"] == 500
+    assert met["Qwen1.5-MoE-A2.7B: bytes kept a token, recompute"] is True
+    # One byte more than down's 2 x 60 x 2048 x 1408.
+    assert met["T=128: peak memory in parts of a frozen weight"] is False
+    assert targets["route + permute, T=8192 E=64 K=8: us"]["value"] == 24.0
+    assert found["client"]["eager"]["ours_times_as_fast"] == 3.0
+    assert found["client"]["eager"]["ours_peak_in_parts"] == 0.5
+
+
+def test_tuned_tiles_have_a_line_of_their_own_and_decide_the_targets():
+    tuned = [measured("flex cuda preact", 1.6, pinned_both_ms=2.0)]
+    found = gpu_summary.summarise(SECTIONS | {"tuned": tuned})
+    pinned, _, line = found["layers"]
+    assert pinned["against_liger"] == pytest.approx(1.2)
+    assert line["tuned"] and line["against_liger"] == pytest.approx(1.5)
+    targets = {t["target"]: t["met"] for t in found["targets"]}
+    assert targets["Qwen1.5-MoE-A2.7B, T=8192: times liger"] is True
+    assert "Qwen1.5-MoE-A2.7B (tuned)" in gpu_summary.shown(found)
+
+
+def test_the_summary_of_nothing_is_empty():
+    found = gpu_summary.summarise({})
+    assert found["layers"] == [] and {t["met"] for t in found["targets"]} == {None}
+    assert gpu_summary.shown(found) == ""
+
+
+def test_a_peer_that_does_not_run_is_no_failure_of_ours():
+    bad = [{"name": "liger fused_moe", "failed": "boom"}, {"name": "flex cuda preact", "failed": "boom"}]
+    assert [r["name"] for r in gpu_suite.failures({"measurements": bad})] == ["flex cuda preact"]
+    graph = {"name": "flex triton recompute", "both_ms": 1.0, "graph_failed": "boom"}
+    assert list(gpu_suite.failures({"measurements": [graph]})) == [graph]
+
+
+def test_the_results_can_be_printed_as_markdown():
+    text = tables.gpu_tables(SECTIONS | {"machine": {"gpu": "Some GPU"}})
+    assert text.startswith("Measured on Some GPU.")
+    row = "| Qwen1.5-MoE-A2.7B | 8192 | 2.000 | 500 | 0.71 | 1.20 | 1.75 | 1.20 | 0.80 | 4200 | 6, 12 |"
+    assert row in text
+    assert "| route + permute, T=8192 E=64 K=8: us | 24.00 | at most 25 | met |" in text
+    assert tables.gpu_tables({"measurements": [], "note": "no GPU here"}).startswith("No GPU: no GPU here.")

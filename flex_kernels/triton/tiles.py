@@ -142,18 +142,33 @@ def descriptor(t: Tensor, block: tuple[int, ...]) -> TensorDescriptor | None:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
 
 
-def candidates(capability: int, itemsize: int) -> dict[int, list[Tile]]:
-    """The few tiles that tuning tries for every product, by m: the pinned ones and their likely
-    neighbours."""
+def candidates(capability: int, itemsize: int, coded: bool = False) -> dict[int, list[Tile]]:
+    """The few tiles that tuning tries for every product, by m: the pinned ones and their likely neighbours.
+
+    ``coded``: for weights in 8 or 4 bits. Few rows are multiplied while they are decoded, in tiles of at most
+    64 x 64 (:func:`flex_kernels.triton.codes.suited` cuts larger ones); many rows meet decoded weights, so
+    their tiles are the plain ones.
+    """
     if itemsize == 4:
         return {m: [plan.up] for m, plan in FLOAT32.items()}
     pinned = HOPPER if capability >= 90 else AMPERE
     found = {}
     for m, plan in pinned.items():
-        tiles = {plan.up, plan.down, plan.down_backward}
+        tiles = {plan.up, plan.down, plan.down_backward, plan.up_backward}
         tiles |= {replace(t, stages=t.stages - 1) for t in tuple(tiles) if t.stages > 2}
         tiles |= {replace(t, n=64, warps=4) for t in tuple(tiles) if t.n > 64}
         if capability >= 90:
             tiles |= {replace(t, tma=False, per_sm=0) for t in tuple(tiles) if t.tma}
+        if coded and m < 128:
+            base = Tile(m, 64, 64, group=plan.up.group)
+            tiles = {replace(base, stages=s, warps=w) for s in (2, 3, 4) for w in (4, 8)}
+            tiles |= {replace(base, n=32), replace(base, k=32)}
         found[m] = sorted(tiles, key=lambda t: (t.n, t.k, t.warps, t.stages, t.tma))
     return found
+
+
+def near(tiles_by_m: dict[int, list[Tile]], rows: int, experts: int) -> dict[int, list[Tile]]:
+    """The candidates of the row block that suits the rows an expert gets, and of its two neighbours."""
+    blocks, each = sorted(tiles_by_m), rows / experts
+    middle = next((i for i, m in enumerate(blocks) if m >= each), len(blocks) - 1)
+    return {m: tiles_by_m[m] for m in blocks[max(0, middle - 1) : middle + 2]}
