@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flex_kernels.triton.codes import Weights, kind_of, load_decoded, pieces, scale_arguments, stored, suited
-from flex_kernels.triton.common import column_halves, expert_rows, load_tile, row_tile_count, tile_coordinates
+from flex_kernels.triton.common import column_quarter, expert_rows, load_tile, row_tile_count, tile_coordinates
 from flex_kernels.triton.groups import Groups
 from flex_kernels.triton.tiles import Tile, descriptor, grid_size
 
@@ -99,6 +99,7 @@ def down_backward_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
     """Grid: any number of programs; program p computes tiles p, p + programs, ... of [BM rows, BN of the I
     columns].
@@ -108,7 +109,7 @@ def down_backward_kernel(
     """
     N_TILES: tl.constexpr = (I + BN - 1) // BN
     m_tiles = row_tile_count(tile_count_ptr, rows, GROUPED, BM)
-    for tile in tl.range(tl.program_id(0), m_tiles * N_TILES, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), m_tiles * N_TILES, tl.num_programs(0), flatten=PERSISTENT):
         m, n = tile_coordinates(tile, m_tiles, N_TILES, GROUP_M)
         expert, first, end = expert_rows(m, offsets_ptr, tile_expert_ptr, tile_row_ptr, rows, GROUPED, BM)
         row_m = first + tl.arange(0, BM)
@@ -160,24 +161,22 @@ def down_backward_kernel(
             c_m = tl.load(score_ptr + slot_m)
         if HAS_DAMP:
             c_m *= 1.0 - tl.load(damp_ptr + token_m)
-        left_mn, right_mn = column_halves(da_mn, BM, BN)
-        ds_m = swiglu_backward(
-            left_mn, c_m, row_m, row_m < end, n * BN, z_ptr, dz_ptr, act_ptr, I, WRITE_DZ, WRITE_ACT, BN // 2
-        )
-        ds_m += swiglu_backward(
-            right_mn,
-            c_m,
-            row_m,
-            row_m < end,
-            n * BN + BN // 2,
-            z_ptr,
-            dz_ptr,
-            act_ptr,
-            I,
-            WRITE_DZ,
-            WRITE_ACT,
-            BN // 2,
-        )
+        ds_m = tl.zeros((BM,), dtype=tl.float32)
+        for quarter in tl.static_range(4):
+            ds_m += swiglu_backward(
+                column_quarter(da_mn, quarter, BM, BN),
+                c_m,
+                row_m,
+                row_m < end,
+                n * BN + quarter * (BN // 4),
+                z_ptr,
+                dz_ptr,
+                act_ptr,
+                I,
+                WRITE_DZ,
+                WRITE_ACT,
+                BN // 4,
+            )
         if WRITE_DS:
             tl.store(ds_ptr + n.to(tl.int64) * rows + row_m, ds_m, mask=row_m < end)
 
@@ -246,6 +245,7 @@ def down_backward(
             BN=tile.n,
             BK=tile.k,
             GROUP_M=tile.group,
+            PERSISTENT=tile.per_sm > 0,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

@@ -74,7 +74,10 @@ AMPERE = {
 HOPPER = {
     16: same(Tile(16, 64, 128, group=1, warps=4, stages=4)),
     32: same(Tile(32, 64, 128, group=2, warps=4, stages=4)),
-    64: same(Tile(64, 128, 64, group=4, warps=4, stages=4, tma=True)),
+    64: replace(
+        same(Tile(64, 128, 64, group=4, warps=4, stages=4, tma=True)),
+        up=Tile(64, 64, 64, group=4, warps=4, stages=4, tma=True),
+    ),
     128: Plan(
         up=Tile(128, 128, 64, warps=8, stages=4, tma=True, per_sm=1),
         down=Tile(128, 256, 64, warps=8, stages=4, tma=True, per_sm=1),
