@@ -100,14 +100,18 @@ def route(
     return kernels.route(*args)
 
 
-def permute(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(offsets_E1, order_N, inverse_N), all int32; see :class:`flex_kernels.cuda.ops.Permutation`."""
+def sorted_groups(ids_TK: Tensor, experts: int, block_m: int) -> tuple[Any, Tensor]:
+    """(groups, inverse_TK) of :func:`flex_kernels.triton.groups.sorted_groups`, tile table included."""
+    from flex_kernels.triton import groups
+
     kernels = ops.kernels()
     if experts > kernels.native.MAX_EXPERTS:
-        from flex_kernels.triton.groups import permute as permute_by_torch
-
-        return permute_by_torch(ids_TK, experts)
-    return kernels.permute(ids_TK, experts)
+        return groups.sorted_groups(ids_TK, experts, block_m)
+    found = kernels.permute_tiles(ids_TK, experts, block_m)
+    slots, bound = ids_TK.shape[1], found.tile_expert_M.numel()
+    tables = found.tile_expert_M, found.tile_row_M, found.tile_count_1
+    rows = groups.Groups(ids_TK.numel(), slots, block_m, bound, found.order_N, found.offsets_E1, *tables)
+    return rows, found.inverse_N.view_as(ids_TK)
 
 
 def products() -> Any:
@@ -121,7 +125,7 @@ def helpers() -> Any:
     """The pieces of the Triton backend that these kernels replace."""
     from flex_kernels.triton.experts import Helpers
 
-    return Helpers(permute=permute, combine=ops.combine)
+    return Helpers(sort=sorted_groups, combine=ops.combine)
 
 
 def experts_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

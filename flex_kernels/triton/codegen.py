@@ -96,15 +96,15 @@ def recorded_launches() -> Iterator[list[Launch]]:
         yield launches
 
 
-def argument_type(value: Any, specialise: bool) -> tuple[str, bool]:
+def argument_type(value: Any, specialise: bool, look_at_alignment: bool) -> tuple[str, bool]:
     """(type in a Triton signature, whether it is known to be divisible by 16), as Triton decides at a
-    launch."""
+    launch; of a pointer, only where its parameter lets Triton look."""
     if value is None or (specialise and isinstance(value, int) and value == 1):
         return "constexpr", False
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>", False
     if isinstance(value, Tensor):
-        return "*" + TYPE_NAMES[value.dtype], True
+        return "*" + TYPE_NAMES[value.dtype], look_at_alignment
     if isinstance(value, float):
         return "fp32", False
     return "i32" if -(2**31) <= value < 2**31 else "i64", specialise and value % 16 == 0
@@ -117,7 +117,9 @@ def compile_launch(launch: Launch, capability: int) -> Any:
         value = launch.arguments[param.name]
         kind, divisible = ("constexpr", False)
         if not param.is_constexpr:
-            kind, divisible = argument_type(value, not param.do_not_specialize)
+            kind, divisible = argument_type(
+                value, not param.do_not_specialize, not param.do_not_specialize_on_alignment
+            )
         signature[param.name] = kind
         if kind == "constexpr":
             constants[param.name] = value

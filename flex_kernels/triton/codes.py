@@ -25,7 +25,7 @@ from torch import Tensor
 from flex_kernels.quantize import GROUP_COLUMNS, NF4_LEVELS, Quantized
 from flex_kernels.triton.common import load_tile
 from flex_kernels.triton.groups import Groups
-from flex_kernels.triton.tiles import Plan, Tile, capability_of, pinned_plan
+from flex_kernels.triton.tiles import Plan, Tile, capability_of, ceil_div, pinned_plan
 
 Weights = Tensor | Quantized
 # Most rows a tile for which decoding in the main loop is meant: every row tile decodes its weights again.
@@ -191,7 +191,7 @@ def decode(w: Quantized, out_ERC: Tensor) -> None:
     """Write the weights [E, R, C] in ``out_ERC``'s dtype, contiguous, each product rounded once."""
     E, R, C = w.shape
     rows, columns = 64, 64
-    decode_kernel[(triton.cdiv(R, rows) * triton.cdiv(C, columns), E)](
+    decode_kernel[(ceil_div(R, rows) * ceil_div(C, columns), E)](
         w.codes,
         w.scales,
         out_ERC,

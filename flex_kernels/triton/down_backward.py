@@ -18,10 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_kernels.triton.codes import Weights, kind_of, load_decoded, pieces, scale_arguments, stored, suited
-from flex_kernels.triton.common import column_quarter, expert_rows, load_tile, row_tile_count, tile_coordinates
+from flex_kernels.triton.codes import Weights, load_decoded, pieces, scale_arguments, stored, suited
+from flex_kernels.triton.common import (
+    column_quarter,
+    expert_rows,
+    load_tile,
+    row_tile_count,
+    tile_coordinates,
+)
 from flex_kernels.triton.groups import Groups
-from flex_kernels.triton.tiles import Tile, descriptor, grid_size
+from flex_kernels.triton.launch import grouped_jit, grouped_launch
+from flex_kernels.triton.tiles import Tile, ceil_div, descriptor
 
 
 @triton.jit
@@ -61,7 +68,7 @@ def swiglu_backward(
     return ds_m
 
 
-@triton.jit(do_not_specialize=["rows"])
+@grouped_jit
 def down_backward_kernel(
     dy_ptr,  # (T, H) contiguous
     w,  # (E, H, I), or its codes, of any strides; a tensor descriptor when TMA
@@ -210,14 +217,13 @@ def down_backward(
     dz_N2I = torch.empty_like(preact_N2I) if want_preact_grad else preact_N2I.new_empty(0)
     act_NI = preact_N2I.new_empty((N, I) if want_act else (0,))
     ds_BN = torch.empty(
-        (triton.cdiv(I, tile.n), N) if want_score_grad else (0,), dtype=torch.float32, device=dy_TH.device
+        (ceil_div(I, tile.n), N) if want_score_grad else (0,), dtype=torch.float32, device=dy_TH.device
     )
     for w, rows in pieces(down_EHI, groups, tile, dy_TH.dtype):
         values = stored(w)
         w_desc = descriptor(values, (1, tile.k, tile.n)) if tile.tma else None
-        grid = (grid_size(rows.tile_bound * triton.cdiv(I, tile.n), tile, dy_TH.device),)
         scales, *scale_strides = scale_arguments(w)
-        down_backward_kernel[grid](
+        grouped_launch(down_backward_kernel, I, w, rows, tile, w_desc is not None, dy_TH.device)(
             dy_TH,
             values if w_desc is None else w_desc,
             scales,
@@ -233,20 +239,10 @@ def down_backward(
             H=H,
             I=I,
             SLOTS=rows.slots,
-            GROUPED=rows.grouped,
             HAS_SCORE=score is not None,
             HAS_DAMP=damp_T is not None,
             WRITE_DZ=want_preact_grad,
             WRITE_ACT=want_act,
             WRITE_DS=want_score_grad,
-            TMA=w_desc is not None,
-            KIND=kind_of(w),
-            BM=tile.m,
-            BN=tile.n,
-            BK=tile.k,
-            GROUP_M=tile.group,
-            PERSISTENT=tile.per_sm > 0,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
         )
     return dz_N2I, act_NI, ds_BN

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flex_kernels.triton.tiles import ceil_div, next_power_of_2
+
 # No score counts as less than this, so that an expert that was taken (-inf) is never chosen again.
 LOWEST = tl.constexpr(-3.0e38)
 # Tokens a program: the least that a tensor core takes, since small programs are what fills the chip at small
@@ -147,8 +149,8 @@ def route(
     logits_TE = torch.empty(T if want_logits else 0, E, dtype=torch.float32, device=x_TH.device)
     if not T or not (E or G):
         return ids_TK, weights_TK, gates_GT, logits_TE
-    block_e = max(16, triton.next_power_of_2(E))
-    route_kernel[(triton.cdiv(T, BLOCK_T),)](
+    block_e = max(16, next_power_of_2(E))
+    route_kernel[(ceil_div(T, BLOCK_T),)](
         x_TH,
         weight_EH,
         bias_E,
@@ -164,7 +166,7 @@ def route(
         H=H,
         E=E,
         K=top_k,
-        KP=triton.next_power_of_2(max(top_k, 1)),
+        KP=next_power_of_2(max(top_k, 1)),
         G=G,
         HAS_BIAS=bias_E is not None,
         NORMALIZE=normalize,

@@ -53,6 +53,16 @@ class Plan:
         return self.up.m
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own ``cdiv`` takes microseconds on the host, and every launch asks."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least ``n``, for n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def same(tile: Tile) -> Plan:
     return Plan(tile, tile, tile, tile)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from flex_kernels.triton.codes import (
     IS_INT8,
     Weights,
-    kind_of,
     load_decoded,
     load_row_scales,
     pieces,
@@ -23,7 +22,8 @@ from flex_kernels.triton.codes import (
 )
 from flex_kernels.triton.common import column_halves, expert_rows, load_tile, row_tile_count, tile_coordinates
 from flex_kernels.triton.groups import Groups
-from flex_kernels.triton.tiles import Tile, descriptor, grid_size
+from flex_kernels.triton.launch import grouped_jit, grouped_launch
+from flex_kernels.triton.tiles import Tile, descriptor
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def store_swiglu(
         tl.store(a_ptr + row_m1 * I + col_n[None, :], a_mn.to(a_ptr.dtype.element_ty), mask=mask_mn)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@grouped_jit
 def up_swiglu_kernel(
     x_ptr,  # (T, H) contiguous
     w,  # (E, 2I, H), or its codes, of any strides; a tensor descriptor of (E, 2, I, H) when TMA
@@ -139,9 +139,7 @@ def up_swiglu_kernel(
             elif TMA:
                 w_tile = w.load([expert, 0, n * BN, k]).reshape(2 * BN, BK).T
             else:
-                w_tile = load_tile(
-                    w_kj, (k_k < H - k)[:, None], inside_j[None, :], H % BK == 0, I % BN == 0
-                )
+                w_tile = load_tile(w_kj, (k_k < H - k)[:, None], inside_j[None, :], H % BK == 0, I % BN == 0)
                 w_kj += BK * stride_wh
             z_mj = tl.dot(x_tile, w_tile, z_mj, input_precision="ieee")
         if KIND == IS_INT8:
@@ -187,9 +185,8 @@ def up_swiglu(
     for w, rows in pieces(gate_up_E2IH, groups, tile, x_TH.dtype):
         values = stored(w)
         described = descriptor(values.unflatten(1, (2, I)), (1, 2, tile.n, tile.k)) if tile.tma else None
-        grid = (grid_size(rows.tile_bound * triton.cdiv(I, tile.n), tile, x_TH.device),)
         scales, *scale_strides = scale_arguments(w)
-        up_swiglu_kernel[grid](
+        grouped_launch(up_swiglu_kernel, I, w, rows, tile, described is not None, x_TH.device)(
             x_TH,
             values if described is None else described,
             scales,
@@ -201,17 +198,7 @@ def up_swiglu(
             H=H,
             I=I,
             SLOTS=rows.slots,
-            GROUPED=rows.grouped,
             WRITE_A=want_act,
             WRITE_Z=want_preact,
-            TMA=described is not None,
-            KIND=kind_of(w),
-            BM=tile.m,
-            BN=tile.n,
-            BK=tile.k,
-            GROUP_M=tile.group,
-            PERSISTENT=tile.per_sm > 0,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
         )
     return act_NI, preact_N2I
