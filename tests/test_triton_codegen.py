@@ -12,7 +12,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from flex_kernels.triton import codegen, tiles  # noqa: E402
+from flex_kernels.triton import codegen, launch, tiles  # noqa: E402
 
 BASELINE = Path(__file__).parent / "triton_codegen_baseline.json"
 GATHERED = ("up_swiglu", "down_backward")
@@ -89,6 +89,22 @@ def test_nothing_got_worse_than_the_committed_baseline(compiled):
         for counted in ("wgmma", "mma", "tma_load", "cp_async"):
             now, then = getattr(r, counted), was[counted]
             assert (now > 0) == (then > 0), f"{name}: {now} {counted} instructions, were {then}"
+
+
+@pytest.mark.parametrize("tokens", [8191, 8193, 9001])
+def test_a_number_of_tokens_compiles_nothing_anew(tokens):
+    """Each variant costs seconds on first use: sizes and starts that move with T must not make one."""
+    plan = tiles.HOPPER[128]
+    found, wanted = (
+        {name: codegen.specialisation(recorded) for name, recorded in launches.items()}
+        for launches in (codegen.launches_of(codegen.QWEN15_MOE, t, plan) for t in (tokens, 8192))
+    )
+    assert found == wanted
+    starts_move = {*launch.INDEX_POINTERS, *launch.ROW_FACTORS, "gate_ptr", "shared_gate_ptr"}
+    for name, recorded in codegen.launches_of(codegen.QWEN15_MOE, 8192, plan).items():
+        aligned = {recorded.kernel.arg_names[i] for (i,) in codegen.specialisation(recorded)[2]}
+        if name not in ("tile_table", "weight_grad"):
+            assert not aligned & starts_move, f"{name} is compiled again for another alignment"
 
 
 def test_occupancy_is_what_the_tightest_resource_allows():

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from flex_kernels.cuda import ops
-from flex_kernels.routing import route_backward
 
 __all__ = ["describe", "experts_backward", "experts_forward", "route", "route_backward", "status"]
 
@@ -126,6 +125,11 @@ def helpers() -> Any:
     from flex_kernels.triton.experts import Helpers
 
     return Helpers(sort=sorted_groups, combine=ops.combine)
+
+
+def route_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`flex_kernels.autograd.route_backward`, less its last argument."""
+    return products().route_backward(*args)
 
 
 def experts_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

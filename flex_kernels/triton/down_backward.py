@@ -74,7 +74,7 @@ def down_backward_kernel(
     w,  # (E, H, I), or its codes, of any strides; a tensor descriptor when TMA
     scales_ptr,  # (E, H) or (E, H, ceil(I / 64)), any strides; unused for plain weights
     z_ptr,  # (N, 2I) contiguous
-    dz_ptr,  # (N, 2I) contiguous, or unused
+    dz_ptr,  # (N, 2I) contiguous, may be z_ptr; or unused
     act_ptr,  # (N, I) contiguous, or unused: c A
     ds_ptr,  # (B, N) float32, or unused: the part of dS from each column tile
     score_ptr,  # (T*K,) float32 by slot, or unused
@@ -199,6 +199,7 @@ def down_backward(
     want_preact_grad: bool,
     want_act: bool,
     want_score_grad: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dZ [N, 2I], c A [N, I], parts of dS [B, N] float32); zero elements where not wanted.
 
@@ -210,11 +211,14 @@ def down_backward(
         tile: block sizes; ``tile.m`` must be ``groups.block_m``.
         score: float32, one a slot (T*K routed, T dense); None for 1.
         damp_T: the gate g where the row's part of the output is scaled by 1 - g, else None.
+        overwrite: put dZ where Z was; every element is read by the one program that then writes it.
     """
     _E, H, I = down_EHI.shape
     N = groups.rows
     tile = suited(tile, down_EHI)
-    dz_N2I = torch.empty_like(preact_N2I) if want_preact_grad else preact_N2I.new_empty(0)
+    dz_N2I = preact_N2I.new_empty(0)
+    if want_preact_grad:
+        dz_N2I = preact_N2I if overwrite else torch.empty_like(preact_N2I)
     act_NI = preact_N2I.new_empty((N, I) if want_act else (0,))
     ds_BN = torch.empty(
         (ceil_div(I, tile.n), N) if want_score_grad else (0,), dtype=torch.float32, device=dy_TH.device

@@ -196,7 +196,8 @@ def block_backward(
     if block is None or needs == BlockNeeds(False, False, False, False):
         return BlockGrads()
     groups, plan = block.groups, block.plan
-    if not preact_N2I.numel():
+    recomputed = not preact_N2I.numel()
+    if recomputed:
         _, preact_N2I = up_swiglu(x_TH, block.gate_up_E2IH, groups, plan.up, False, True)
     dz_N2I, act_NI, dscore_BN = down_backward(
         dy_TH,
@@ -209,6 +210,7 @@ def block_backward(
         needs.x or needs.gate_up,
         needs.down,
         needs.score,
+        overwrite=recomputed,
     )
     del preact_N2I
     dx_NH = dgate_up = ddown = None
