@@ -107,6 +107,15 @@ def test_a_number_of_tokens_compiles_nothing_anew(tokens):
             assert not aligned & starts_move, f"{name} is compiled again for another alignment"
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("tokens", "experts"), [(8192, 128), (64, 512)])
+def test_the_routers_backward_does_not_spill_with_many_experts(tokens, experts, capability):
+    shape = codegen.Shape(H=2048, I=768, E=experts, K=8)
+    recorded = codegen.launches_of(shape, tokens, tiles.HOPPER[128])["route_backward"]
+    found = codegen.resources(codegen.compile_launch(recorded, capability), capability)
+    assert found.stack == 0 and found.shared <= codegen.SHARED_LIMIT[capability]
+
+
 def test_occupancy_is_what_the_tightest_resource_allows():
     # 168 registers of 256 threads: 43008 of 65536. 100 KiB: two in 228 KiB. 8 warps: 64 / 8.
     assert codegen.occupancy(registers=168, shared=1024, warps=8, capability=90) == 1

@@ -107,10 +107,9 @@ def sorted_groups(ids_TK: Tensor, experts: int, block_m: int) -> tuple[Any, Tens
     if experts > kernels.native.MAX_EXPERTS:
         return groups.sorted_groups(ids_TK, experts, block_m)
     found = kernels.permute_tiles(ids_TK, experts, block_m)
-    slots, bound = ids_TK.shape[1], found.tile_expert_M.numel()
-    tables = found.tile_expert_M, found.tile_row_M, found.tile_count_1
-    rows = groups.Groups(ids_TK.numel(), slots, block_m, bound, found.order_N, found.offsets_E1, *tables)
-    return rows, found.inverse_N.view_as(ids_TK)
+    rows, bound = ids_TK.numel(), groups.tile_bound(ids_TK.numel(), experts, block_m)
+    tables = found.order_N, found.offsets_E1, found.tile_expert_M, found.tile_row_M, found.tile_count_1
+    return groups.Groups(rows, ids_TK.shape[1], block_m, bound, *tables), found.inverse_N.view_as(ids_TK)
 
 
 def products() -> Any:

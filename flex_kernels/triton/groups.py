@@ -119,13 +119,15 @@ def dense(tokens: int, block_m: int) -> Groups:
     return Groups(tokens, 1, block_m, ceil_div(tokens, block_m))
 
 
-def grouped(offsets_E1: Tensor, order_N: Tensor, slots: int, block_m: int) -> Groups:
-    """Sorted rows cut into tiles of ``block_m`` rows that never cross from one expert to the next.
+def tile_bound(rows: int, experts: int, block_m: int) -> int:
+    """At least the number of row tiles, however the rows are divided: an expert wastes less than one tile."""
+    return rows // block_m + min(experts, rows)
 
-    An expert wastes less than one tile, so there are at most N / block_m + min(E, N) tiles.
-    """
+
+def grouped(offsets_E1: Tensor, order_N: Tensor, slots: int, block_m: int) -> Groups:
+    """Sorted rows cut into tiles of ``block_m`` rows that never cross from one expert to the next."""
     N, E = order_N.numel(), offsets_E1.numel() - 1
-    bound = N // block_m + min(E, N)
+    bound = tile_bound(N, E, block_m)
     table_2M = torch.empty(2, bound, dtype=torch.int32, device=order_N.device)
     tile_count_1 = torch.empty(1, dtype=torch.int32, device=order_N.device)
     tile_table_kernel[(E,)](

@@ -42,7 +42,7 @@ def grouped_launch(
         BN=tile.n,
         BK=tile.k,
         GROUP_M=tile.group,
-        PERSISTENT=tile.per_sm > 0,
+        FLATTEN=tile.flatten and tile.per_sm > 0,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

@@ -208,8 +208,10 @@ def route_backward(
         )
     f32, device = torch.float32, x_TH.device
     block_e = max(16, next_power_of_2(max(E, 1)))
+    # float32 products, and all that take part in them, stay on the plain cores, where large tiles spill.
+    plain = x_TH.element_size() == 4 or weight_EH.dtype != x_TH.dtype
     # Few tokens need many small programs to fill the chip; many need large ones, which read Wr less often.
-    block_t = 64 if T >= 4096 and block_e <= 128 and x_TH.element_size() == 2 else 16
+    block_t = 64 if T >= 4096 and block_e <= 128 and not plain else 16
     programs = ceil_div(T, block_t)
     want_dz, want_parts = need_gate_bias and G > 0, need_gate_weight and G > 0
     dx_TH = torch.empty_like(x_TH) if need_x else x_TH.new_empty(0)
@@ -246,8 +248,8 @@ def route_backward(
             WRITE_PARTS=want_parts,
             BT=block_t,
             BE=block_e,
-            BK=32 if block_e > 128 or x_TH.element_size() == 4 else 64,
-            num_warps=4 if block_e <= 128 else 8,
+            BK=32 if block_e > 128 or plain else 64,
+            num_warps=4 if block_e < 128 and not plain else 8,
         )
     empty = x_TH.new_empty
     return (

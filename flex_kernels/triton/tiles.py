@@ -27,6 +27,7 @@ class Tile:
         warps, stages: warps a program, and the depth of the software pipeline.
         tma: weights (and rows that need no gather) through tensor descriptors where their strides allow it.
         per_sm: programs a multiprocessor of a persistent grid; 0 launches one program a tile.
+        flatten: of a persistent grid: fetch the next tile's operands while the epilogue of this one runs.
     """
 
     m: int
@@ -37,6 +38,7 @@ class Tile:
     stages: int = 3
     tma: bool = False
     per_sm: int = 0
+    flatten: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,10 @@ HOPPER = {
         up=Tile(64, 64, 64, group=4, warps=4, stages=4, tma=True),
     ),
     128: Plan(
-        up=Tile(128, 128, 64, warps=8, stages=4, tma=True, per_sm=1),
-        down=Tile(128, 256, 64, warps=8, stages=4, tma=True, per_sm=1),
-        down_backward=Tile(128, 128, 64, warps=8, stages=4, tma=True, per_sm=1),
-        up_backward=Tile(128, 256, 64, warps=8, stages=4, tma=True, per_sm=1),
+        up=Tile(128, 128, 64, warps=8, stages=4, tma=True, per_sm=1, flatten=True),
+        down=Tile(128, 256, 64, warps=8, stages=4, tma=True, per_sm=1, flatten=True),
+        down_backward=Tile(128, 128, 64, warps=8, stages=4, tma=True, per_sm=1, flatten=True),
+        up_backward=Tile(128, 256, 64, warps=8, stages=4, tma=True, per_sm=1, flatten=True),
     ),
 }
 # float32 products run on the plain cores: small tiles, or the accumulators spill.

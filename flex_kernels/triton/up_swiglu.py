@@ -84,7 +84,7 @@ def up_swiglu_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     """Grid: any number of programs; program p computes tiles p, p + programs, ... of [BM rows, BN of the I
     columns].
@@ -96,7 +96,7 @@ def up_swiglu_kernel(
     """
     N_TILES: tl.constexpr = (I + BN - 1) // BN
     m_tiles = row_tile_count(tile_count_ptr, rows, GROUPED, BM)
-    for tile in tl.range(tl.program_id(0), m_tiles * N_TILES, tl.num_programs(0), flatten=PERSISTENT):
+    for tile in tl.range(tl.program_id(0), m_tiles * N_TILES, tl.num_programs(0), flatten=FLATTEN):
         m, n = tile_coordinates(tile, m_tiles, N_TILES, GROUP_M)
         expert, first, end = expert_rows(m, offsets_ptr, tile_expert_ptr, tile_row_ptr, rows, GROUPED, BM)
         row_m = first + tl.arange(0, BM)
@@ -179,7 +179,7 @@ def up_swiglu(
     """
     _E, two_I, H = gate_up_E2IH.shape
     I = two_I // 2
-    tile = suited(tile, gate_up_E2IH)
+    tile = suited(tile, gate_up_E2IH, per_column=2)
     act_NI = x_TH.new_empty((groups.rows, I) if want_act else (0,))
     preact_N2I = x_TH.new_empty((groups.rows, two_I) if want_preact else (0,))
     for w, rows in pieces(gate_up_E2IH, groups, tile, x_TH.dtype):
