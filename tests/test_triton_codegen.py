@@ -6,6 +6,8 @@ After a wanted change: ``python -m flex_kernels.triton.codegen tests/triton_code
 
 import json
 import re
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,45 @@ def test_a_number_of_tokens_compiles_nothing_anew(tokens):
         aligned = {recorded.kernel.arg_names[i] for (i,) in codegen.specialisation(recorded)[2]}
         if name not in ("tile_table", "weight_grad"):
             assert not aligned & starts_move, f"{name} is compiled again for another alignment"
+
+
+def instructions(launch: codegen.Launch) -> list[tuple[int, str]]:
+    """(address, text) of the machine code of ``launch`` for sm_90."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(codegen.compile_launch(launch, 90).asm["cubin"])
+        file.flush()
+        command = [str(codegen.cuobjdump()), "-sass", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [(int(a, 16), i) for a, i in re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", text, re.M)]
+
+
+@pytest.mark.parametrize("name", ["up_swiglu", "up_swiglu_preact", "down", "up_backward", "down_backward"])
+def test_a_flattened_loop_leaves_accumulators_alone_while_products_are_in_flight(name):
+    """Its loop sets them to zero after a tile. On the way round without an epilogue the last products still
+    run, so an instruction that touched their registers would read or write them too early."""
+    plan = tiles.HOPPER[128]
+    assert plan.up.flatten and plan.down.flatten and plan.down_backward.flatten and plan.up_backward.flatten
+    code = instructions(codegen.launches_of(codegen.QWEN15_MOE, 8192, plan)[name])
+    at = {address: i for i, (address, _) in enumerate(code)}
+
+    def target(i):
+        return at[int(re.search(r"0x([0-9a-f]+)$", code[i][1].strip()).group(1), 16)]
+
+    products = [i for i, (_, text) in enumerate(code) if text.startswith("HGMMA")]
+    waits = [i for i, (_, text) in enumerate(code) if "WARPGROUP.DEPBAR" in text and i > products[-1]]
+    assert code[waits[0]][1].strip().endswith("0x1"), "one product stays in flight"
+    # The branch before the wait for all products skips that wait and the epilogue.
+    rest = target(waits[1] - 1)
+    back = next(i for i in range(rest, len(code)) if "BRA" in code[i][1] and target(i) < products[0])
+    columns, first = re.match(r"HGMMA\.64x(\d+)x16\S* R(\d+),", code[products[0]][1]).groups()
+    accumulators = {f"R{int(first) + j}" for j in range(int(columns) // 2)}
+    path = [*range(target(back), waits[1]), *range(rest, back + 1)]
+    touching = [
+        code[i][1]
+        for i in path
+        if i not in products and accumulators & set(re.findall(r"\bR\d+\b", code[i][1]))
+    ]
+    assert len(path) < 400 and touching == []
 
 
 @pytest.mark.parametrize("capability", [80, 90])
