@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -41,10 +42,21 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f"flex_kernels.{name}")
 
 
-@torch.compiler.assume_constant_result
 def unavailable(name: str, device_type: str) -> str:
-    """Why ``name`` cannot run on tensors of ``device_type``; "" when it can. A constant to a tracer."""
+    """Why ``name`` cannot run on tensors of ``device_type``; "" when it can."""
     return "" if name == "reference" else backend_module(name).status(device_type)
+
+
+@lru_cache
+def first_answer(name: str, device_type: str) -> str:
+    """:func:`unavailable` as this process first found it: every layer asks, and finding out takes long."""
+    return unavailable(name, device_type)
+
+
+@torch.compiler.assume_constant_result
+def obstacle(name: str, device_type: str) -> str:
+    """:func:`first_answer`, as a constant to a tracer."""
+    return first_answer(name, device_type)
 
 
 def backends() -> dict[str, BackendStatus]:
@@ -66,14 +78,14 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
         if dtype not in FUSED_DTYPES:
             return "reference"
-        return next(n for n in PREFERENCE.get(device.type, ("reference",)) if not unavailable(n, device.type))
+        return next(n for n in PREFERENCE.get(device.type, ("reference",)) if not obstacle(n, device.type))
     if name not in NAMES:
         raise ValueError(f"backend={name!r} is not one of 'auto', {', '.join(map(repr, NAMES))}")
     if name == "reference":
         return name
     if dtype not in FUSED_DTYPES:
         raise ValueError(f"backend={name!r} computes in float32, bfloat16 or float16, x is {dtype}")
-    reason = unavailable(name, device.type)
+    reason = obstacle(name, device.type)
     if reason:
         raise RuntimeError(f"backend={name!r} cannot run on {device.type}: {reason}")
     return name

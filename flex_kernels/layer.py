@@ -147,14 +147,18 @@ def stored(weights: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
 
 def stack_gates(x_TH: Tensor, personal: Personal | None, shared: Shared | None) -> tuple[Tensor, Tensor]:
     """The sigmoid gates as rows of one small matrix, float32: (weight_GH, bias_G), G = 0, 1 or 2."""
-    zero = torch.zeros((), dtype=torch.float32, device=x_TH.device)
-    weights, biases = [], []
-    if personal is not None:
-        weights.append(personal.gate_weight.float())
-        biases.append(zero if personal.gate_bias is None else personal.gate_bias.float())
+    gates = [] if personal is None else [(personal.gate_weight, personal.gate_bias)]
     if shared is not None and shared.gate_weight is not None:
-        weights.append(shared.gate_weight.float())
-        biases.append(zero)
-    if not weights:
-        return zero.new_empty(0, x_TH.shape[1]), zero.new_empty(0)
-    return torch.stack(weights), torch.stack(biases)
+        gates.append((shared.gate_weight, None))
+    if not gates:
+        empty = torch.empty(0, x_TH.shape[1], dtype=torch.float32, device=x_TH.device)
+        return empty, empty[:, 0]
+    # One gate is a view: at few tokens, each of these small copies takes as long as a kernel.
+    weights = [weight.float()[None] for weight, _ in gates]
+    biases = [
+        weight.new_zeros(1) if bias is None else bias.float()[None]
+        for weight, (_, bias) in zip(weights, gates)
+    ]
+    if len(gates) == 1:
+        return weights[0], biases[0]
+    return torch.cat(weights), torch.cat(biases)

@@ -128,9 +128,11 @@ def test_more_experts_than_the_kernels_take_go_to_triton(emulation, monkeypatch)
         cuda.route(x_TH, weight_EH, None, torch.zeros(0, 4), torch.zeros(0), top_k, *settings)
     assert calls == [2, 33]
     ids_TK = torch.tensor([[600, 3], [3, 601]], dtype=torch.int32)
-    offsets_E1, order_N, inverse_N = cuda.permute(ids_TK, 601)
-    assert offsets_E1[[0, 3, 4, 600, 601]].tolist() == [0, 0, 2, 2, 3]
-    assert order_N[:3].tolist() == [1, 2, 0] and inverse_N.tolist() == [2, 0, 1, -1]
+    sorted_by = []
+    groups = importlib.import_module("flex_kernels.triton.groups")
+    monkeypatch.setattr(groups, "sorted_groups", lambda *args: sorted_by.append(args[1:]))
+    cuda.sorted_groups(ids_TK, 601, 16)
+    assert sorted_by == [(601, 16)]
 
 
 @needs_compiler

@@ -121,3 +121,58 @@ def test_the_module_runs_forward_and_backward_bit_for_bit_twice(T):
         return y, *torch.autograd.grad(y.float().square().sum(), [x, *layer.personal.parameters()])
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+
+
+def small_layer(H: int = 256, E: int = 8, K: int = 4, I: int = 64, device: str = "cuda") -> FlexMoE:
+    generator = torch.Generator().manual_seed(0)
+    router, gate_up, down = (
+        (torch.randn(s, generator=generator) * s[-1] ** -0.5).to(device, torch.bfloat16)
+        for s in ((E, H), (E, 2 * I, H), (E, H, I))
+    )
+    layer = FlexMoE(Router(router, K), Experts(gate_up, down))
+    layer.personalize(1)
+    return layer
+
+
+def values_and_gradients(layer: FlexMoE, x_TH: torch.Tensor, backend: str) -> list[torch.Tensor]:
+    layer.backend = backend
+    x_TH = x_TH.detach().requires_grad_()
+    y_TH = layer(x_TH)
+    return [y_TH.detach(), *torch.autograd.grad(y_TH.sum(), [x_TH, *layer.personal.parameters()])]
+
+
+@pytest.mark.parametrize("backend", ("cuda", "triton"))
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_layer_runs_on_the_device_of_its_tensors(backend):
+    x_TH = torch.randn(300, 256, dtype=torch.bfloat16)
+    found, wanted = (
+        values_and_gradients(small_layer(device=d), x_TH.to(d), backend) for d in ("cuda:1", "cuda:0")
+    )
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(found, wanted))
+
+
+@pytest.mark.parametrize("backend", ("cuda", "triton"))
+def test_the_layer_waits_for_what_its_stream_did_before(backend):
+    layer, x_TH = small_layer(), torch.randn(300, 256, device="cuda", dtype=torch.bfloat16)
+    wanted = values_and_gradients(layer, x_TH, backend)
+    late_TH, stream = torch.zeros_like(x_TH), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late_TH.copy_(x_TH)
+        found = values_and_gradients(layer, late_TH, backend)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
+def test_the_last_of_two_to_the_31_elements_of_rows_is_what_it_is_alone():
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    layer = small_layer(H=2048, K=8)
+    x_TH = torch.randn(2**17 + 5, 2048, device="cuda", dtype=torch.bfloat16)
+    y_TH, dx_TH, *_ = values_and_gradients(layer, x_TH, "cuda")
+    alone_TH, dalone_TH, *_ = values_and_gradients(layer, x_TH[-32:], "cuda")
+    # Other tiles sum in another order; bfloat16 rounds to 2^-9.
+    for many, few in ((y_TH[-32:], alone_TH), (dx_TH[-32:], dalone_TH)):
+        assert (many.float() - few.float()).norm() < 0.01 * few.float().norm()

@@ -6,13 +6,15 @@ After a wanted change: ``python -m flex_kernels.triton.codegen tests/triton_code
 
 import json
 import re
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from flex_kernels.triton import codegen, tiles  # noqa: E402
+from flex_kernels.triton import codegen, launch, tiles  # noqa: E402
 
 BASELINE = Path(__file__).parent / "triton_codegen_baseline.json"
 GATHERED = ("up_swiglu", "down_backward")
@@ -89,6 +91,70 @@ def test_nothing_got_worse_than_the_committed_baseline(compiled):
         for counted in ("wgmma", "mma", "tma_load", "cp_async"):
             now, then = getattr(r, counted), was[counted]
             assert (now > 0) == (then > 0), f"{name}: {now} {counted} instructions, were {then}"
+
+
+@pytest.mark.parametrize("tokens", [8191, 8193, 9001])
+def test_a_number_of_tokens_compiles_nothing_anew(tokens):
+    """Each variant costs seconds on first use: sizes and starts that move with T must not make one."""
+    plan = tiles.HOPPER[128]
+    found, wanted = (
+        {name: codegen.specialisation(recorded) for name, recorded in launches.items()}
+        for launches in (codegen.launches_of(codegen.QWEN15_MOE, t, plan) for t in (tokens, 8192))
+    )
+    assert found == wanted
+    starts_move = {*launch.INDEX_POINTERS, *launch.ROW_FACTORS, "gate_ptr", "shared_gate_ptr"}
+    for name, recorded in codegen.launches_of(codegen.QWEN15_MOE, 8192, plan).items():
+        aligned = {recorded.kernel.arg_names[i] for (i,) in codegen.specialisation(recorded)[2]}
+        if name not in ("tile_table", "weight_grad"):
+            assert not aligned & starts_move, f"{name} is compiled again for another alignment"
+
+
+def instructions(launch: codegen.Launch) -> list[tuple[int, str]]:
+    """(address, text) of the machine code of ``launch`` for sm_90."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(codegen.compile_launch(launch, 90).asm["cubin"])
+        file.flush()
+        command = [str(codegen.cuobjdump()), "-sass", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [(int(a, 16), i) for a, i in re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", text, re.M)]
+
+
+@pytest.mark.parametrize("name", ["up_swiglu", "up_swiglu_preact", "down", "up_backward", "down_backward"])
+def test_a_flattened_loop_leaves_accumulators_alone_while_products_are_in_flight(name):
+    """Its loop sets them to zero after a tile. On the way round without an epilogue the last products still
+    run, so an instruction that touched their registers would read or write them too early."""
+    plan = tiles.HOPPER[128]
+    assert plan.up.flatten and plan.down.flatten and plan.down_backward.flatten and plan.up_backward.flatten
+    code = instructions(codegen.launches_of(codegen.QWEN15_MOE, 8192, plan)[name])
+    at = {address: i for i, (address, _) in enumerate(code)}
+
+    def target(i):
+        return at[int(re.search(r"0x([0-9a-f]+)$", code[i][1].strip()).group(1), 16)]
+
+    products = [i for i, (_, text) in enumerate(code) if text.startswith("HGMMA")]
+    waits = [i for i, (_, text) in enumerate(code) if "WARPGROUP.DEPBAR" in text and i > products[-1]]
+    assert code[waits[0]][1].strip().endswith("0x1"), "one product stays in flight"
+    # The branch before the wait for all products skips that wait and the epilogue.
+    rest = target(waits[1] - 1)
+    back = next(i for i in range(rest, len(code)) if "BRA" in code[i][1] and target(i) < products[0])
+    columns, first = re.match(r"HGMMA\.64x(\d+)x16\S* R(\d+),", code[products[0]][1]).groups()
+    accumulators = {f"R{int(first) + j}" for j in range(int(columns) // 2)}
+    path = [*range(target(back), waits[1]), *range(rest, back + 1)]
+    touching = [
+        code[i][1]
+        for i in path
+        if i not in products and accumulators & set(re.findall(r"\bR\d+\b", code[i][1]))
+    ]
+    assert len(path) < 400 and touching == []
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("tokens", "experts"), [(8192, 128), (64, 512)])
+def test_the_routers_backward_does_not_spill_with_many_experts(tokens, experts, capability):
+    shape = codegen.Shape(H=2048, I=768, E=experts, K=8)
+    recorded = codegen.launches_of(shape, tokens, tiles.HOPPER[128])["route_backward"]
+    found = codegen.resources(codegen.compile_launch(recorded, capability), capability)
+    assert found.stack == 0 and found.shared <= codegen.SHARED_LIMIT[capability]
 
 
 def test_occupancy_is_what_the_tightest_resource_allows():

@@ -17,6 +17,7 @@ from flex_kernels.triton.down_backward import down_backward
 from flex_kernels.triton.grouped_gemm import grouped_gemm
 from flex_kernels.triton.groups import dense, grouped, permute
 from flex_kernels.triton.route import route
+from flex_kernels.triton.route_backward import route_backward
 from flex_kernels.triton.score_grads import score_grads
 from flex_kernels.triton.tiles import Tile, descriptor
 from flex_kernels.triton.up_swiglu import up_swiglu
@@ -280,3 +281,68 @@ def test_gates_are_sigmoids_with_or_without_a_router(gates):
         torch.testing.assert_close(
             got.double(), torch.sigmoid(w.double() @ x.double().T + b.double()[:, None])
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("score", "normalize", "E", "K", "G"),
+    [
+        ("softmax", False, 60, 4, 2),
+        ("softmax", True, 9, 9, 1),
+        ("sigmoid", True, 7, 2, 0),
+        ("sigmoid", False, 5, 3, 1),
+        ("softmax", False, 0, 0, 2),
+    ],
+)
+def test_route_backward_has_the_gradients_of_autograd(dtype, score, normalize, E, K, G):
+    T, H, scale = 37, 72, 1.5
+    x, weight, gate_weight = normal(T, H, dtype=dtype), normal(E, H, seed=1, dtype=dtype), normal(G, H)
+    dw, dlogits = normal(T, K, seed=2), normal(T, E, seed=3) if E == 60 else normal(0, E)
+    dgates = normal(G, T, seed=4)
+    gates = torch.sigmoid(gate_weight @ x.float().T)
+    scores = torch.rand(T, E, generator=torch.Generator().manual_seed(5))
+    ids = scores.topk(K, dim=1).indices.int().to(DEVICE)
+
+    def autograd(kind):
+        leaves = [t.to(kind).requires_grad_() for t in (x, weight, gate_weight)]
+        bias = torch.zeros(G, dtype=kind, device=DEVICE).requires_grad_()
+        logits = leaves[0] @ leaves[1].T
+        s = (logits.softmax(-1) if score == "softmax" else logits.sigmoid()).gather(1, ids.long())
+        w = scale * (s / s.sum(-1, keepdim=True) if normalize else s)
+        g = torch.sigmoid(leaves[2] @ leaves[0].T + bias[:, None])
+        loss = (w * dw.to(kind)).sum() + (g * dgates.to(kind)).sum()
+        if dlogits.numel():
+            loss = loss + (logits * dlogits.to(kind)).sum()
+        return torch.autograd.grad(loss, (*leaves, bias))
+
+    got = route_backward(
+        *(dw, dgates, dlogits, x, weight, gate_weight, ids, dw, gates, normalize, score, scale, [True] * 4)
+    )
+    names = ("dx", "d weight", "d gate weight", "d gate bias")
+    for name, mine, exact, plain in zip(names, got, autograd(torch.float64), autograd(dtype)):
+        assert mine.shape == exact.shape, name
+        if mine.numel():
+            assert_close(mine, exact, plain, 3, name)
+
+
+def test_route_backward_computes_only_what_is_needed():
+    x, weight, gate_weight = normal(5, 16), normal(4, 16), normal(1, 16)
+    ids = torch.tensor([[0, 1]] * 5, dtype=torch.int32, device=DEVICE)
+    saved = x, weight, gate_weight, ids, normal(5, 2), torch.sigmoid(normal(1, 5))
+    grads = normal(5, 2, seed=1), normal(1, 5, seed=2), normal(0, 4)
+    every = route_backward(*grads, *saved, False, "softmax", 1.0, [True] * 4)
+    for i in range(4):
+        found = route_backward(*grads, *saved, False, "softmax", 1.0, [j == i for j in range(4)])
+        assert torch.equal(found[i], every[i])
+        assert not any(found[j].numel() for j in range(4) if j != i)
+
+
+def test_the_gradient_of_z_may_take_the_place_of_z():
+    r = Rows(skip=True)
+    dy, z = normal(r.T, r.H, seed=9), normal(r.T * r.K, 2 * r.I)
+    rest = r.groups, POINTERS, torch.rand(r.T, r.K).to(DEVICE), None, True, True, True
+    want = down_backward(dy, r.down, z, *rest)
+    got = down_backward(dy, r.down, z, *rest, overwrite=True)
+    assert got[0].data_ptr() == z.data_ptr()
+    assert all(torch.equal(a[..., : r.real, :], b[..., : r.real, :]) for a, b in zip(got[:2], want[:2]))
+    assert torch.equal(got[2][:, : r.real], want[2][:, : r.real])

@@ -134,6 +134,35 @@ def test_frozen_experts_get_no_buffer_of_their_size(train):
     assert (seen.numel >= case.experts.gate_up.numel()) == train
 
 
+def test_frozen_weights_may_be_freed_and_gathered_again_between_forward_and_backward():
+    """As FSDP2 does: the graph must hold the weights themselves, not copies, and read them where they are."""
+    case = to_device(make_case(T=9)).requiring("x", "personal.gate_weight")
+    frozen = [case.router.weight, case.experts.gate_up, case.experts.down, case.shared.gate_up]
+    owned = {t.untyped_storage().data_ptr() for t in (*frozen, *case.tensors().values())}
+    saved = []
+
+    def pack(t):
+        saved.append(t.untyped_storage())
+        return t
+
+    def grads(free):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = flex_moe(case.x_TH, case.router, case.experts, case.personal, case.shared, backend="triton")
+        if free:
+            for t in frozen:
+                values, size = t.clone(), t.untyped_storage().nbytes()
+                t.untyped_storage().resize_(0)
+                t.untyped_storage().resize_(size)
+                with torch.autograd._unsafe_preserve_version_counter(t):
+                    t.copy_(values)
+        return torch.autograd.grad(y.sum(), [case.x_TH, case.personal.gate_weight])
+
+    want = grads(free=False)
+    others = [s.nbytes() for s in saved if s.data_ptr() not in owned]
+    assert max(others) < min(t.nbytes for t in frozen[1:]), "a copy of a frozen weight was saved"
+    assert all(torch.equal(a, b) for a, b in zip(want, grads(free=True)))
+
+
 def test_a_checkpointed_layer_has_the_same_gradients():
     case = to_device(make_case(T=13)).requiring("x", "personal.gate_weight")
     args = (case.router, case.experts, case.personal, case.shared)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from flex_kernels.cuda import ops
-from flex_kernels.routing import route_backward
 
 __all__ = ["describe", "experts_backward", "experts_forward", "route", "route_backward", "status"]
 
@@ -100,14 +99,17 @@ def route(
     return kernels.route(*args)
 
 
-def permute(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(offsets_E1, order_N, inverse_N), all int32; see :class:`flex_kernels.cuda.ops.Permutation`."""
+def sorted_groups(ids_TK: Tensor, experts: int, block_m: int) -> tuple[Any, Tensor]:
+    """(groups, inverse_TK) of :func:`flex_kernels.triton.groups.sorted_groups`, tile table included."""
+    from flex_kernels.triton import groups
+
     kernels = ops.kernels()
     if experts > kernels.native.MAX_EXPERTS:
-        from flex_kernels.triton.groups import permute as permute_by_torch
-
-        return permute_by_torch(ids_TK, experts)
-    return kernels.permute(ids_TK, experts)
+        return groups.sorted_groups(ids_TK, experts, block_m)
+    found = kernels.permute_tiles(ids_TK, experts, block_m)
+    rows, bound = ids_TK.numel(), groups.tile_bound(ids_TK.numel(), experts, block_m)
+    tables = found.order_N, found.offsets_E1, found.tile_expert_M, found.tile_row_M, found.tile_count_1
+    return groups.Groups(rows, ids_TK.shape[1], block_m, bound, *tables), found.inverse_N.view_as(ids_TK)
 
 
 def products() -> Any:
@@ -121,7 +123,12 @@ def helpers() -> Any:
     """The pieces of the Triton backend that these kernels replace."""
     from flex_kernels.triton.experts import Helpers
 
-    return Helpers(permute=permute, combine=ops.combine)
+    return Helpers(sort=sorted_groups, combine=ops.combine)
+
+
+def route_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`flex_kernels.autograd.route_backward`, less its last argument."""
+    return products().route_backward(*args)
 
 
 def experts_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

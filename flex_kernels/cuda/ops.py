@@ -86,13 +86,13 @@ class RoutingKernels:
     def check(
         self, name: str, t: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
     ) -> None:
-        accepted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         if t.device.type != self.native.DEVICE_TYPE or t.device != like.device:
             wanted = like.device if like.device.type == self.native.DEVICE_TYPE else self.native.DEVICE_TYPE
             raise ValueError(f"{name} is on {t.device}, this kernel wants it on {wanted}")
         if tuple(t.shape) != shape or t.dtype not in dtypes or not t.is_contiguous():
             layout = "" if t.is_contiguous() else " with strides " + str(list(t.stride()))
             dtype = str(t.dtype).removeprefix("torch.")
+            accepted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise ValueError(
                 f"{name} must be contiguous {list(shape)} {accepted}, got {list(t.shape)} {dtype}{layout}"
             )

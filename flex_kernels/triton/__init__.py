@@ -9,8 +9,6 @@ import importlib.util
 
 import torch
 
-from flex_kernels.routing import route_backward
-
 MISSING = (
     ""
     if importlib.util.find_spec("triton")
@@ -19,6 +17,7 @@ MISSING = (
 if not MISSING:
     from flex_kernels.triton.experts import Helpers, experts_backward, experts_forward
     from flex_kernels.triton.route import route
+    from flex_kernels.triton.route_backward import route_backward
 
 __all__ = ["Helpers", "describe", "experts_backward", "experts_forward", "route", "route_backward", "status"]
 

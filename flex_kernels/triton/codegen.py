@@ -96,34 +96,42 @@ def recorded_launches() -> Iterator[list[Launch]]:
         yield launches
 
 
-def argument_type(value: Any, specialise: bool) -> tuple[str, bool]:
+def argument_type(value: Any, specialise: bool, look_at_alignment: bool) -> tuple[str, bool]:
     """(type in a Triton signature, whether it is known to be divisible by 16), as Triton decides at a
-    launch."""
+    launch; of a pointer, only where its parameter lets Triton look."""
     if value is None or (specialise and isinstance(value, int) and value == 1):
         return "constexpr", False
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>", False
     if isinstance(value, Tensor):
-        return "*" + TYPE_NAMES[value.dtype], True
+        return "*" + TYPE_NAMES[value.dtype], look_at_alignment
     if isinstance(value, float):
         return "fp32", False
     return "i32" if -(2**31) <= value < 2**31 else "i64", specialise and value % 16 == 0
 
 
-def compile_launch(launch: Launch, capability: int) -> Any:
-    """The compiled kernel of ``launch`` for sm_``capability`` (80, 90, ...); needs no GPU."""
+def specialisation(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+    """(signature, constants, attributes) of ``launch``: launches that agree in these share one compiled
+    kernel."""
     signature, constants, attributes = {}, {}, {}
     for index, param in enumerate(launch.kernel.params):
         value = launch.arguments[param.name]
         kind, divisible = ("constexpr", False)
         if not param.is_constexpr:
-            kind, divisible = argument_type(value, not param.do_not_specialize)
+            kind, divisible = argument_type(
+                value, not param.do_not_specialize, not param.do_not_specialize_on_alignment
+            )
         signature[param.name] = kind
         if kind == "constexpr":
             constants[param.name] = value
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return signature, constants, attributes
+
+
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """The compiled kernel of ``launch`` for sm_``capability`` (80, 90, ...); needs no GPU."""
+    source = ASTSource(launch.kernel, *specialisation(launch))
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
 
 
@@ -185,6 +193,7 @@ def launches_of(
     from flex_kernels.triton.grouped_gemm import grouped_gemm
     from flex_kernels.triton.groups import dense, grouped
     from flex_kernels.triton.route import route
+    from flex_kernels.triton.route_backward import route_backward
     from flex_kernels.triton.score_grads import score_grads
     from flex_kernels.triton.up_swiglu import up_swiglu
     from flex_kernels.triton.weight_grad import weight_grad
@@ -234,6 +243,10 @@ def launches_of(
     rows_EH, gates_GH = meta(E, H, dtype=dtype), meta(2, H, dtype=torch.float32)
     gate_bias = meta(2, dtype=torch.float32)
     add("route", lambda: route(x, rows_EH, None, gates_GH, gate_bias, K, True, "softmax", 1.0, False))
+    grads = weights, meta(2, T, dtype=torch.float32), meta(0, E, dtype=torch.float32)
+    saved = x, rows_EH, gates_GH, inverse, weights, grads[1]
+    needs = [True, False, True, True]
+    add("route_backward", lambda: route_backward(*grads, *saved, True, "softmax", 1.0, needs))
     return found
 
 
@@ -280,7 +293,7 @@ def decoding_launches(shape: Shape, tokens: int, tile: Tile, kind: str) -> dict[
 
 QWEN15_MOE = Shape(H=2048, I=1408, E=60, K=4)
 # Kernels whose code does not depend on the plan: looked at with one plan of each chip.
-PLAN_FREE = ("tile_table", "weight_grad", "combine", "score_grads", "route")
+PLAN_FREE = ("tile_table", "weight_grad", "combine", "score_grads", "route", "route_backward")
 
 
 def cases() -> dict[str, tuple[Launch, int]]:
@@ -296,7 +309,14 @@ def cases() -> dict[str, tuple[Launch, int]]:
                 elif m == 128:
                     found[f"sm_{capability} bf16 {name}"] = (launch, capability)
     for name, launch in launches_of(QWEN15_MOE, 8192, tiles.FLOAT32[64], torch.float32).items():
-        if name in ("up_swiglu_preact", "down", "down_backward_personal", "route", "weight_grad"):
+        if name in (
+            "up_swiglu_preact",
+            "down",
+            "down_backward_personal",
+            "route",
+            "route_backward",
+            "weight_grad",
+        ):
             found[f"sm_90 fp32 {name}"] = (launch, 90)
     return found | decoding_cases()
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from flex_kernels.quantize import GROUP_COLUMNS, NF4_LEVELS, Quantized
 from flex_kernels.triton.common import load_tile
 from flex_kernels.triton.groups import Groups
-from flex_kernels.triton.tiles import Plan, Tile, capability_of, pinned_plan
+from flex_kernels.triton.tiles import Plan, Tile, capability_of, ceil_div, pinned_plan
 
 Weights = Tensor | Quantized
 # Most rows a tile for which decoding in the main loop is meant: every row tile decodes its weights again.
@@ -191,7 +191,7 @@ def decode(w: Quantized, out_ERC: Tensor) -> None:
     """Write the weights [E, R, C] in ``out_ERC``'s dtype, contiguous, each product rounded once."""
     E, R, C = w.shape
     rows, columns = 64, 64
-    decode_kernel[(triton.cdiv(R, rows) * triton.cdiv(C, columns), E)](
+    decode_kernel[(ceil_div(R, rows) * ceil_div(C, columns), E)](
         w.codes,
         w.scales,
         out_ERC,
@@ -222,8 +222,8 @@ def decodes_in_loop(tile: Tile) -> bool:
     return tile.m <= IN_LOOP_ROWS
 
 
-def suited(tile: Tile, w: Weights) -> Tile:
-    """``tile`` with what the weights ask of it; its rows stay.
+def suited(tile: Tile, w: Weights, per_column: int = 1) -> Tile:
+    """``tile`` with what the weights ask of it; its rows stay. ``per_column``: weight rows an output column.
 
     Decoded tiles pass through registers: 64 x 64 weights at three stages compile without spills for sm_80 and
     sm_90 in every kernel. Codes are read by pointers.
@@ -231,8 +231,8 @@ def suited(tile: Tile, w: Weights) -> Tile:
     if not isinstance(w, Quantized):
         return tile
     if decodes_in_loop(tile):
-        if max(tile.n, tile.k) > IN_LOOP_COLUMNS:
-            n, k = min(tile.n, IN_LOOP_COLUMNS), min(tile.k, IN_LOOP_COLUMNS)
+        if max(tile.n * per_column, tile.k) > IN_LOOP_COLUMNS:
+            n, k = min(tile.n, IN_LOOP_COLUMNS // per_column), min(tile.k, IN_LOOP_COLUMNS)
             tile = replace(tile, n=n, k=k, warps=4, stages=3)
         return replace(tile, tma=False)
     return replace(tile, per_sm=tile.per_sm or STAGED_PER_SM)

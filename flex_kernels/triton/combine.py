@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flex_kernels.triton.tiles import ceil_div, next_power_of_2
 
-@triton.jit
+
+@triton.jit(do_not_specialize_on_alignment=["gate_ptr", "shared_gate_ptr"])
 def combine_kernel(
     y_ptr,  # (N, H) contiguous, rows in expert order
     inverse_ptr,  # (T, K) int32: row of each slot, -1 where skipped
@@ -86,8 +88,8 @@ def combine(
     """
     (T, K), H = inverse_TK.shape, y_NH.shape[1]
     out_TH = y_NH.new_empty(T, H)
-    block = min(triton.next_power_of_2(H), 2048)
-    combine_kernel[(T, triton.cdiv(H, block))](
+    block = min(next_power_of_2(H), 2048)
+    combine_kernel[(T, ceil_div(H, block))](
         y_NH,
         inverse_TK,
         weights_TK,

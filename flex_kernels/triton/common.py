@@ -70,3 +70,12 @@ def column_halves(tile_mn, BM: tl.constexpr, BN: tl.constexpr):
     """(left, right) halves [BM, BN / 2] of an accumulator: an epilogue that takes one at a time needs half
     the registers."""
     return tl.split(tl.permute(tl.reshape(tile_mn, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def column_quarter(tile_mn, index: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Columns index * BN / 4 .. (index + 1) * BN / 4 - 1 of an accumulator; see :func:`column_halves`."""
+    left, right = column_halves(tile_mn, BM, BN)
+    half = left if index < 2 else right
+    first, second = column_halves(half, BM, BN // 2)
+    return first if index % 2 == 0 else second

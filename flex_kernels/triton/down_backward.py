@@ -18,10 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_kernels.triton.codes import Weights, kind_of, load_decoded, pieces, scale_arguments, stored, suited
-from flex_kernels.triton.common import column_halves, expert_rows, load_tile, row_tile_count, tile_coordinates
+from flex_kernels.triton.codes import Weights, load_decoded, pieces, scale_arguments, stored, suited
+from flex_kernels.triton.common import (
+    column_quarter,
+    expert_rows,
+    load_tile,
+    row_tile_count,
+    tile_coordinates,
+)
 from flex_kernels.triton.groups import Groups
-from flex_kernels.triton.tiles import Tile, descriptor, grid_size
+from flex_kernels.triton.launch import grouped_jit, grouped_launch
+from flex_kernels.triton.tiles import Tile, ceil_div, descriptor
 
 
 @triton.jit
@@ -61,13 +68,13 @@ def swiglu_backward(
     return ds_m
 
 
-@triton.jit(do_not_specialize=["rows"])
+@grouped_jit
 def down_backward_kernel(
     dy_ptr,  # (T, H) contiguous
     w,  # (E, H, I), or its codes, of any strides; a tensor descriptor when TMA
     scales_ptr,  # (E, H) or (E, H, ceil(I / 64)), any strides; unused for plain weights
     z_ptr,  # (N, 2I) contiguous
-    dz_ptr,  # (N, 2I) contiguous, or unused
+    dz_ptr,  # (N, 2I) contiguous, may be z_ptr; or unused
     act_ptr,  # (N, I) contiguous, or unused: c A
     ds_ptr,  # (B, N) float32, or unused: the part of dS from each column tile
     score_ptr,  # (T*K,) float32 by slot, or unused
@@ -99,6 +106,7 @@ def down_backward_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     """Grid: any number of programs; program p computes tiles p, p + programs, ... of [BM rows, BN of the I
     columns].
@@ -108,7 +116,7 @@ def down_backward_kernel(
     """
     N_TILES: tl.constexpr = (I + BN - 1) // BN
     m_tiles = row_tile_count(tile_count_ptr, rows, GROUPED, BM)
-    for tile in tl.range(tl.program_id(0), m_tiles * N_TILES, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), m_tiles * N_TILES, tl.num_programs(0), flatten=FLATTEN):
         m, n = tile_coordinates(tile, m_tiles, N_TILES, GROUP_M)
         expert, first, end = expert_rows(m, offsets_ptr, tile_expert_ptr, tile_row_ptr, rows, GROUPED, BM)
         row_m = first + tl.arange(0, BM)
@@ -160,24 +168,22 @@ def down_backward_kernel(
             c_m = tl.load(score_ptr + slot_m)
         if HAS_DAMP:
             c_m *= 1.0 - tl.load(damp_ptr + token_m)
-        left_mn, right_mn = column_halves(da_mn, BM, BN)
-        ds_m = swiglu_backward(
-            left_mn, c_m, row_m, row_m < end, n * BN, z_ptr, dz_ptr, act_ptr, I, WRITE_DZ, WRITE_ACT, BN // 2
-        )
-        ds_m += swiglu_backward(
-            right_mn,
-            c_m,
-            row_m,
-            row_m < end,
-            n * BN + BN // 2,
-            z_ptr,
-            dz_ptr,
-            act_ptr,
-            I,
-            WRITE_DZ,
-            WRITE_ACT,
-            BN // 2,
-        )
+        ds_m = tl.zeros((BM,), dtype=tl.float32)
+        for quarter in tl.static_range(4):
+            ds_m += swiglu_backward(
+                column_quarter(da_mn, quarter, BM, BN),
+                c_m,
+                row_m,
+                row_m < end,
+                n * BN + quarter * (BN // 4),
+                z_ptr,
+                dz_ptr,
+                act_ptr,
+                I,
+                WRITE_DZ,
+                WRITE_ACT,
+                BN // 4,
+            )
         if WRITE_DS:
             tl.store(ds_ptr + n.to(tl.int64) * rows + row_m, ds_m, mask=row_m < end)
 
@@ -193,6 +199,7 @@ def down_backward(
     want_preact_grad: bool,
     want_act: bool,
     want_score_grad: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dZ [N, 2I], c A [N, I], parts of dS [B, N] float32); zero elements where not wanted.
 
@@ -204,21 +211,23 @@ def down_backward(
         tile: block sizes; ``tile.m`` must be ``groups.block_m``.
         score: float32, one a slot (T*K routed, T dense); None for 1.
         damp_T: the gate g where the row's part of the output is scaled by 1 - g, else None.
+        overwrite: put dZ where Z was; every element is read by the one program that then writes it.
     """
     _E, H, I = down_EHI.shape
     N = groups.rows
     tile = suited(tile, down_EHI)
-    dz_N2I = torch.empty_like(preact_N2I) if want_preact_grad else preact_N2I.new_empty(0)
+    dz_N2I = preact_N2I.new_empty(0)
+    if want_preact_grad:
+        dz_N2I = preact_N2I if overwrite else torch.empty_like(preact_N2I)
     act_NI = preact_N2I.new_empty((N, I) if want_act else (0,))
     ds_BN = torch.empty(
-        (triton.cdiv(I, tile.n), N) if want_score_grad else (0,), dtype=torch.float32, device=dy_TH.device
+        (ceil_div(I, tile.n), N) if want_score_grad else (0,), dtype=torch.float32, device=dy_TH.device
     )
     for w, rows in pieces(down_EHI, groups, tile, dy_TH.dtype):
         values = stored(w)
         w_desc = descriptor(values, (1, tile.k, tile.n)) if tile.tma else None
-        grid = (grid_size(rows.tile_bound * triton.cdiv(I, tile.n), tile, dy_TH.device),)
         scales, *scale_strides = scale_arguments(w)
-        down_backward_kernel[grid](
+        grouped_launch(down_backward_kernel, I, w, rows, tile, w_desc is not None, dy_TH.device)(
             dy_TH,
             values if w_desc is None else w_desc,
             scales,
@@ -234,19 +243,10 @@ def down_backward(
             H=H,
             I=I,
             SLOTS=rows.slots,
-            GROUPED=rows.grouped,
             HAS_SCORE=score is not None,
             HAS_DAMP=damp_T is not None,
             WRITE_DZ=want_preact_grad,
             WRITE_ACT=want_act,
             WRITE_DS=want_score_grad,
-            TMA=w_desc is not None,
-            KIND=kind_of(w),
-            BM=tile.m,
-            BN=tile.n,
-            BK=tile.k,
-            GROUP_M=tile.group,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
         )
     return dz_N2I, act_NI, ds_BN

@@ -21,10 +21,10 @@ from flex_kernels.triton.codes import Weights, decodable
 from flex_kernels.triton.combine import combine
 from flex_kernels.triton.down_backward import down_backward
 from flex_kernels.triton.grouped_gemm import grouped_gemm
-from flex_kernels.triton.groups import Groups, dense, grouped, permute
+from flex_kernels.triton.groups import Groups, dense, sorted_groups
 from flex_kernels.triton.score_grads import score_grads
 from flex_kernels.triton.tiles import Plan
-from flex_kernels.triton.tune import plan_for
+from flex_kernels.triton.tune import plan_for, weights_text
 from flex_kernels.triton.up_swiglu import up_swiglu
 from flex_kernels.triton.weight_grad import weight_grad
 
@@ -34,13 +34,13 @@ class Helpers:
     """What another backend may put in place of this one's own: sorting the slots, and the last pass.
 
     Attributes:
-        permute: (ids_TK int32 contiguous, E) -> (offsets_E1, order_N, inverse_N), int32, as
-            :func:`groups.permute`.
+        sort: (ids_TK int32 contiguous, E, rows a tile) -> (groups, inverse_TK), as
+            :func:`groups.sorted_groups`.
         combine: (y_NH, inverse_TK, weights_TK, personal_TH, gate_T, shared_TH, shared_gate_T, mix) -> [T, H],
             as :func:`combine.combine`; every argument from weights_TK to shared_gate_T may be None.
     """
 
-    permute: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]] = permute
+    sort: Callable[[Tensor, int, int], tuple[Groups, Tensor]] = sorted_groups
     combine: Callable[..., Tensor] = combine
 
 
@@ -65,20 +65,21 @@ def weights_of(stored: Tensor, scales: Tensor | None, columns: int) -> Weights:
 
 def routed_block(
     x_TH: Tensor,
+    ids_TK: Tensor,
     gate_up: Tensor,
     down: Tensor,
     gate_up_scales: Tensor | None,
     down_scales: Tensor | None,
-    offsets_E1: Tensor,
-    order_N: Tensor,
-    K: int,
-) -> Block:
+    helpers: Helpers,
+) -> tuple[Block, Tensor]:
+    """(the routed experts with their rows, the row of each slot)."""
     E, two_I, _ = gate_up.shape
-    H, I = x_TH.shape[1], two_I // 2
+    (T, K), H, I = ids_TK.shape, x_TH.shape[1], two_I // 2
     gate_up_E2IH, down_EHI = weights_of(gate_up, gate_up_scales, H), weights_of(down, down_scales, I)
-    plan = plan_for(x_TH.device, x_TH.dtype, H, I, E, K, order_N.numel() // K)
-    plan = decodable(plan, (gate_up_E2IH, down_EHI), x_TH)
-    return Block(gate_up_E2IH, down_EHI, grouped(offsets_E1, order_N, K, plan.m), plan)
+    stored = plan_for(x_TH.device, x_TH.dtype, H, I, E, K, T, weights_text(gate_up_E2IH, down_EHI))
+    plan = decodable(stored, (gate_up_E2IH, down_EHI), x_TH)
+    groups, inverse_TK = helpers.sort(ids_TK.contiguous(), E, plan.m)
+    return Block(gate_up_E2IH, down_EHI, groups, plan), inverse_TK
 
 
 def dense_block(gate_up_2IH: Tensor | None, down_HI: Tensor | None, tokens: int) -> Block | None:
@@ -120,7 +121,7 @@ def experts_forward(
 
     Arguments as in :func:`flex_kernels.autograd.experts`; ``helpers`` is the seam for other backends.
     """
-    T, K = ids_TK.shape
+    T = ids_TK.shape[0]
     if T == 0:
         widths = [
             None if w is None else w.shape[-2]
@@ -129,9 +130,8 @@ def experts_forward(
         z, zp, zs = (x_TH.new_empty((0, w) if save_preact and w is not None else (0,)) for w in widths)
         return torch.empty_like(x_TH), z, zp, zs
     with torch.cuda.device_of(x_TH):
-        offsets_E1, order_N, inverse_N = helpers.permute(ids_TK.contiguous(), gate_up_E2IH.shape[0])
-        routed = routed_block(
-            x_TH, gate_up_E2IH, down_EHI, gate_up_scales, down_scales, offsets_E1, order_N, K
+        routed, inverse_TK = routed_block(
+            x_TH, ids_TK, gate_up_E2IH, down_EHI, gate_up_scales, down_scales, helpers
         )
         y_NH, preact_N2I = block_forward(x_TH, routed, save_preact)
         personal_TH, personal_preact = block_forward(
@@ -142,7 +142,7 @@ def experts_forward(
         )
         y_TH = helpers.combine(
             y_NH,
-            inverse_N.view(T, K),
+            inverse_TK,
             weights_TK.contiguous(),
             personal_TH,
             gate_T,
@@ -197,7 +197,8 @@ def block_backward(
     if block is None or needs == BlockNeeds(False, False, False, False):
         return BlockGrads()
     groups, plan = block.groups, block.plan
-    if not preact_N2I.numel():
+    recomputed = not preact_N2I.numel()
+    if recomputed:
         _, preact_N2I = up_swiglu(x_TH, block.gate_up_E2IH, groups, plan.up, False, True)
     dz_N2I, act_NI, dscore_BN = down_backward(
         dy_TH,
@@ -210,6 +211,7 @@ def block_backward(
         needs.x or needs.gate_up,
         needs.down,
         needs.score,
+        overwrite=recomputed,
     )
     del preact_N2I
     dx_NH = dgate_up = ddown = None
@@ -250,7 +252,7 @@ def experts_backward(
 ) -> tuple[Tensor, ...]:
     """The ten gradients of :func:`flex_kernels.autograd.experts_backward`; zero elements where ``needs`` is
     false."""
-    T, K = ids_TK.shape
+    T = ids_TK.shape[0]
     inputs = (
         *(x_TH, weights_TK, gate_up_E2IH, down_EHI, personal_gate_up_2IH, personal_down_HI, gate_T),
         *(shared_gate_up_2IH, shared_down_HI, shared_gate_T),
@@ -262,12 +264,13 @@ def experts_backward(
     damp_T = gate_T if convex else None
     with torch.cuda.device_of(x_TH):
         weights_TK = weights_TK.contiguous()
-        offsets_E1, order_N, inverse_N = helpers.permute(ids_TK.contiguous(), gate_up_E2IH.shape[0])
-        inverse_TK = inverse_N.view(T, K)
+        block, inverse_TK = routed_block(
+            x_TH, ids_TK, gate_up_E2IH, down_EHI, gate_up_scales, down_scales, helpers
+        )
         routed = block_backward(
             grad_y_TH,
             x_TH,
-            routed_block(x_TH, gate_up_E2IH, down_EHI, gate_up_scales, down_scales, offsets_E1, order_N, K),
+            block,
             preact_N2I,
             weights_TK,
             damp_T,

@@ -9,14 +9,12 @@ The index arrays are described in :mod:`flex_kernels.triton.common`.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from flex_kernels.triton.codes import (
     IS_INT8,
     Weights,
-    kind_of,
     load_decoded,
     load_row_scales,
     pieces,
@@ -26,10 +24,11 @@ from flex_kernels.triton.codes import (
 )
 from flex_kernels.triton.common import expert_rows, load_tile, row_tile_count, tile_coordinates
 from flex_kernels.triton.groups import Groups
-from flex_kernels.triton.tiles import Tile, descriptor, grid_size
+from flex_kernels.triton.launch import grouped_jit, grouped_launch
+from flex_kernels.triton.tiles import Tile, descriptor
 
 
-@triton.jit(do_not_specialize=["rows"])
+@grouped_jit
 def grouped_gemm_kernel(
     a,  # (N, R) contiguous; a tensor descriptor when TMA
     w,  # (E, C, R) when OUT_FIRST, else (E, R, C), or its codes, any strides; a tensor descriptor when TMA
@@ -57,6 +56,7 @@ def grouped_gemm_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     """Grid: any number of programs; program p computes tiles p, p + programs, ... of [BM rows, BN of the C
     columns].
@@ -66,7 +66,7 @@ def grouped_gemm_kernel(
     """
     N_TILES: tl.constexpr = (C + BN - 1) // BN
     m_tiles = row_tile_count(tile_count_ptr, rows, GROUPED, BM)
-    for tile in tl.range(tl.program_id(0), m_tiles * N_TILES, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), m_tiles * N_TILES, tl.num_programs(0), flatten=FLATTEN):
         m, n = tile_coordinates(tile, m_tiles, N_TILES, GROUP_M)
         expert, first, end = expert_rows(m, offsets_ptr, tile_expert_ptr, tile_row_ptr, rows, GROUPED, BM)
         row_m = first + tl.arange(0, BM)
@@ -164,9 +164,8 @@ def grouped_gemm(a_NR: Tensor, w: Weights, out_first: bool, groups: Groups, tile
         a_desc = descriptor(a_NR, (tile.m, tile.k)) if tile.tma else None
         w_desc = descriptor(values, block) if tile.tma else None
         tma = a_desc is not None and w_desc is not None
-        grid = (grid_size(rows.tile_bound * triton.cdiv(C, tile.n), tile, a_NR.device),)
         scales, *scale_strides = scale_arguments(piece)
-        grouped_gemm_kernel[grid](
+        grouped_launch(grouped_gemm_kernel, C, piece, rows, tile, tma, a_NR.device)(
             a_desc if tma else a_NR,
             w_desc if tma else values,
             scales,
@@ -179,14 +178,5 @@ def grouped_gemm(a_NR: Tensor, w: Weights, out_first: bool, groups: Groups, tile
             R=R,
             C=C,
             OUT_FIRST=out_first,
-            GROUPED=rows.grouped,
-            TMA=tma,
-            KIND=kind_of(piece),
-            BM=tile.m,
-            BN=tile.n,
-            BK=tile.k,
-            GROUP_M=tile.group,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
         )
     return c_NC

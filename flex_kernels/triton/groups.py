@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flex_kernels.triton.tiles import ceil_div, next_power_of_2
+
 
 def permute(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """(offsets_E1, order_N, inverse_N), all int32: a stable sort of the slots by expert, in plain torch.
@@ -102,18 +104,30 @@ class Groups:
         return grouped(self.offsets_E1[first : end + 1], self.order_N, self.slots, self.block_m)
 
 
+def sorted_groups(ids_TK: Tensor, experts: int, block_m: int) -> tuple[Groups, Tensor]:
+    """(the routed rows in expert order, inverse_TK): :func:`permute`, then :func:`grouped`.
+
+    Args:
+        ids_TK: int32, contiguous; ``experts`` marks a slot to skip.
+    """
+    offsets_E1, order_N, inverse_N = permute(ids_TK, experts)
+    return grouped(offsets_E1, order_N, ids_TK.shape[1], block_m), inverse_N.view_as(ids_TK)
+
+
 def dense(tokens: int, block_m: int) -> Groups:
     """One expert that owns every token."""
-    return Groups(tokens, 1, block_m, triton.cdiv(tokens, block_m))
+    return Groups(tokens, 1, block_m, ceil_div(tokens, block_m))
+
+
+def tile_bound(rows: int, experts: int, block_m: int) -> int:
+    """At least the number of row tiles, however the rows are divided: an expert wastes less than one tile."""
+    return rows // block_m + min(experts, rows)
 
 
 def grouped(offsets_E1: Tensor, order_N: Tensor, slots: int, block_m: int) -> Groups:
-    """The routed experts, cut into tiles of ``block_m`` rows that never cross from one expert to the next.
-
-    An expert wastes less than one tile, so there are at most N / block_m + min(E, N) tiles.
-    """
+    """Sorted rows cut into tiles of ``block_m`` rows that never cross from one expert to the next."""
     N, E = order_N.numel(), offsets_E1.numel() - 1
-    bound = N // block_m + min(E, N)
+    bound = tile_bound(N, E, block_m)
     table_2M = torch.empty(2, bound, dtype=torch.int32, device=order_N.device)
     tile_count_1 = torch.empty(1, dtype=torch.int32, device=order_N.device)
     tile_table_kernel[(E,)](
@@ -122,7 +136,7 @@ def grouped(offsets_E1: Tensor, order_N: Tensor, slots: int, block_m: int) -> Gr
         table_2M[1],
         tile_count_1,
         E=E,
-        E_POW2=triton.next_power_of_2(E),
+        E_POW2=next_power_of_2(E),
         BM=block_m,
         LANES=128,
         num_warps=4,

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flex_kernels.triton.tiles import ceil_div, next_power_of_2
+
 # No score counts as less than this, so that an expert that was taken (-inf) is never chosen again.
 LOWEST = tl.constexpr(-3.0e38)
 # Tokens a program: the least that a tensor core takes, since small programs are what fills the chip at small
@@ -147,32 +149,33 @@ def route(
     logits_TE = torch.empty(T if want_logits else 0, E, dtype=torch.float32, device=x_TH.device)
     if not T or not (E or G):
         return ids_TK, weights_TK, gates_GT, logits_TE
-    block_e = max(16, triton.next_power_of_2(E))
-    route_kernel[(triton.cdiv(T, BLOCK_T),)](
-        x_TH,
-        weight_EH,
-        bias_E,
-        gate_weight_GH.contiguous(),
-        gate_bias_G.contiguous(),
-        ids_TK,
-        weights_TK,
-        gates_GT,
-        logits_TE,
-        T,
-        *weight_EH.stride(),
-        float(scale),
-        H=H,
-        E=E,
-        K=top_k,
-        KP=triton.next_power_of_2(max(top_k, 1)),
-        G=G,
-        HAS_BIAS=bias_E is not None,
-        NORMALIZE=normalize,
-        SOFTMAX=score == "softmax",
-        WRITE_LOGITS=want_logits,
-        BT=BLOCK_T,
-        BE=block_e,
-        BK=32 if block_e > 128 or x_TH.element_size() == 4 else 64,
-        num_warps=4 if block_e <= 128 else 8,
-    )
+    block_e = max(16, next_power_of_2(E))
+    with torch.cuda.device_of(x_TH):
+        route_kernel[(ceil_div(T, BLOCK_T),)](
+            x_TH,
+            weight_EH,
+            bias_E,
+            gate_weight_GH.contiguous(),
+            gate_bias_G.contiguous(),
+            ids_TK,
+            weights_TK,
+            gates_GT,
+            logits_TE,
+            T,
+            *weight_EH.stride(),
+            float(scale),
+            H=H,
+            E=E,
+            K=top_k,
+            KP=next_power_of_2(max(top_k, 1)),
+            G=G,
+            HAS_BIAS=bias_E is not None,
+            NORMALIZE=normalize,
+            SOFTMAX=score == "softmax",
+            WRITE_LOGITS=want_logits,
+            BT=BLOCK_T,
+            BE=block_e,
+            BK=32 if block_e > 128 or x_TH.element_size() == 4 else 64,
+            num_warps=4 if block_e <= 128 else 8,
+        )
     return ids_TK, weights_TK, gates_GT, logits_TE

@@ -9,8 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flex_kernels.triton.tiles import ceil_div
 
-@triton.jit(do_not_specialize=["T"])
+
+# The gates may be rows of one matrix: where they start moves with T and is not looked at.
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["gate_ptr", "shared_gate_ptr"])
 def score_grads_kernel(
     routed_ptr,  # (B, N) float32, or unused
     inverse_ptr,  # (T, K) int32
@@ -103,7 +106,7 @@ def score_grads(
     if not (need_weights or need_gate or need_shared_gate):
         return dweights_TK, dgate_T, dshared_gate_T
     block = 64
-    score_grads_kernel[(triton.cdiv(T, block),)](
+    score_grads_kernel[(ceil_div(T, block),)](
         routed_BN,
         inverse_TK,
         weights_TK,

@@ -27,6 +27,7 @@ class Tile:
         warps, stages: warps a program, and the depth of the software pipeline.
         tma: weights (and rows that need no gather) through tensor descriptors where their strides allow it.
         per_sm: programs a multiprocessor of a persistent grid; 0 launches one program a tile.
+        flatten: of a persistent grid: fetch the next tile's operands while the epilogue of this one runs.
     """
 
     m: int
@@ -37,6 +38,7 @@ class Tile:
     stages: int = 3
     tma: bool = False
     per_sm: int = 0
+    flatten: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,16 @@ class Plan:
     @property
     def m(self) -> int:
         return self.up.m
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own ``cdiv`` takes microseconds on the host, and every launch asks."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least ``n``, for n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 def same(tile: Tile) -> Plan:
@@ -74,12 +86,15 @@ AMPERE = {
 HOPPER = {
     16: same(Tile(16, 64, 128, group=1, warps=4, stages=4)),
     32: same(Tile(32, 64, 128, group=2, warps=4, stages=4)),
-    64: same(Tile(64, 128, 64, group=4, warps=4, stages=4, tma=True)),
+    64: replace(
+        same(Tile(64, 128, 64, group=4, warps=4, stages=4, tma=True)),
+        up=Tile(64, 64, 64, group=4, warps=4, stages=4, tma=True),
+    ),
     128: Plan(
-        up=Tile(128, 128, 64, warps=8, stages=4, tma=True, per_sm=1),
-        down=Tile(128, 256, 64, warps=8, stages=4, tma=True, per_sm=1),
-        down_backward=Tile(128, 128, 64, warps=8, stages=4, tma=True, per_sm=1),
-        up_backward=Tile(128, 256, 64, warps=8, stages=4, tma=True, per_sm=1),
+        up=Tile(128, 128, 64, warps=8, stages=4, tma=True, per_sm=1, flatten=True),
+        down=Tile(128, 256, 64, warps=8, stages=4, tma=True, per_sm=1, flatten=True),
+        down_backward=Tile(128, 128, 64, warps=8, stages=4, tma=True, per_sm=1, flatten=True),
+        up_backward=Tile(128, 256, 64, warps=8, stages=4, tma=True, per_sm=1, flatten=True),
     ),
 }
 # float32 products run on the plain cores: small tiles, or the accumulators spill.
@@ -158,12 +173,13 @@ def candidates(capability: int, itemsize: int, coded: bool = False) -> dict[int,
         tiles |= {replace(t, stages=t.stages - 1) for t in tuple(tiles) if t.stages > 2}
         tiles |= {replace(t, n=64, warps=4) for t in tuple(tiles) if t.n > 64}
         if capability >= 90:
-            tiles |= {replace(t, tma=False, per_sm=0) for t in tuple(tiles) if t.tma}
+            tiles |= {replace(t, tma=False, per_sm=0, flatten=False) for t in tuple(tiles) if t.tma}
+            tiles |= {replace(t, flatten=False) for t in tuple(tiles) if t.flatten}
         if coded and m < 128:
             base = Tile(m, 64, 64, group=plan.up.group)
             tiles = {replace(base, stages=s, warps=w) for s in (2, 3, 4) for w in (4, 8)}
             tiles |= {replace(base, n=32), replace(base, k=32)}
-        found[m] = sorted(tiles, key=lambda t: (t.n, t.k, t.warps, t.stages, t.tma))
+        found[m] = sorted(tiles, key=lambda t: (t.n, t.k, t.warps, t.stages, t.tma, t.flatten))
     return found
 
 

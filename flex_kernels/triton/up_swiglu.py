@@ -13,7 +13,6 @@ from torch import Tensor
 from flex_kernels.triton.codes import (
     IS_INT8,
     Weights,
-    kind_of,
     load_decoded,
     load_row_scales,
     pieces,
@@ -23,7 +22,8 @@ from flex_kernels.triton.codes import (
 )
 from flex_kernels.triton.common import column_halves, expert_rows, load_tile, row_tile_count, tile_coordinates
 from flex_kernels.triton.groups import Groups
-from flex_kernels.triton.tiles import Tile, descriptor, grid_size
+from flex_kernels.triton.launch import grouped_jit, grouped_launch
+from flex_kernels.triton.tiles import Tile, descriptor
 
 
 @triton.jit
@@ -53,10 +53,10 @@ def store_swiglu(
         tl.store(a_ptr + row_m1 * I + col_n[None, :], a_mn.to(a_ptr.dtype.element_ty), mask=mask_mn)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@grouped_jit
 def up_swiglu_kernel(
     x_ptr,  # (T, H) contiguous
-    w,  # (E, 2I, H), or its codes, of any strides; a tensor descriptor when TMA
+    w,  # (E, 2I, H), or its codes, of any strides; a tensor descriptor of (E, 2, I, H) when TMA
     scales_ptr,  # (E, 2I) or (E, 2I, ceil(H / 64)), any strides; unused for plain weights
     a_ptr,  # (N, I) contiguous, or unused
     z_ptr,  # (N, 2I) contiguous, or unused
@@ -69,7 +69,6 @@ def up_swiglu_kernel(
     stride_we,
     stride_wi,
     stride_wh,
-    up_offset,  # I * stride_wi
     stride_se,
     stride_si,
     stride_sg,
@@ -85,42 +84,45 @@ def up_swiglu_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     """Grid: any number of programs; program p computes tiles p, p + programs, ... of [BM rows, BN of the I
     columns].
 
-    A tile needs two accumulators, gate and up, from one pass over x. Reads 2 (BM + 2 BN) H bytes and writes
+    A tile's gate and up columns are one product, so that x is read once and the tensor cores see twice the
+    columns; the epilogue takes them apart. Reads 2 (BM + 2 BN) H bytes and writes
     2 BM BN (and twice that for Z) in 16-bit types; quantised weights are 1 or 1/2 byte each. Rows of x are
     gathered in the load; rows past the expert's end repeat its last row and are not stored.
     """
     N_TILES: tl.constexpr = (I + BN - 1) // BN
     m_tiles = row_tile_count(tile_count_ptr, rows, GROUPED, BM)
-    for tile in tl.range(tl.program_id(0), m_tiles * N_TILES, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), m_tiles * N_TILES, tl.num_programs(0), flatten=FLATTEN):
         m, n = tile_coordinates(tile, m_tiles, N_TILES, GROUP_M)
         expert, first, end = expert_rows(m, offsets_ptr, tile_expert_ptr, tile_row_ptr, rows, GROUPED, BM)
         row_m = first + tl.arange(0, BM)
         source_m = tl.minimum(row_m, end - 1)
         if GROUPED:
             source_m = tl.load(order_ptr + source_m) // SLOTS
-        col_n = n * BN + tl.arange(0, BN)
+        # The tile's weight rows: BN of the gate half, then the BN of the up half that they multiply.
+        half_j, column_j = tl.arange(0, 2 * BN) // BN, n * BN + tl.arange(0, 2 * BN) % BN
+        inside_j, row_j = column_j < I, half_j * I + column_j
         k_k = tl.arange(0, BK)
         x_mk = x_ptr + source_m.to(tl.int64)[:, None] * H + k_k[None, :]
         if KIND:
             codes = w + expert.to(tl.int64) * stride_we
             scales = scales_ptr + expert.to(tl.int64) * stride_se
         elif not TMA:
-            w_kn = w + expert.to(tl.int64) * stride_we + col_n.to(tl.int64)[None, :] * stride_wi
-            w_kn += k_k[:, None] * stride_wh
-        gate_mn = tl.zeros((BM, BN), dtype=tl.float32)
-        up_mn = tl.zeros((BM, BN), dtype=tl.float32)
+            w_kj = w + expert.to(tl.int64) * stride_we + row_j.to(tl.int64)[None, :] * stride_wi
+            w_kj += k_k.to(tl.int64)[:, None] * stride_wh
+        z_mj = tl.zeros((BM, 2 * BN), dtype=tl.float32)
         for k in range(0, H, BK):
             x_tile = load_tile(x_mk + k, True, (k_k < H - k)[None, :], True, H % BK == 0)
             if KIND:
-                gate_kn = load_decoded(
+                w_tile = load_decoded(
                     codes,
                     scales,
-                    col_n,
-                    col_n < I,
+                    row_j,
+                    inside_j,
                     k,
                     stride_wi,
                     stride_wh,
@@ -131,40 +133,18 @@ def up_swiglu_kernel(
                     I % BN == 0,
                     KIND,
                     False,
-                    BN,
-                    BK,
-                ).T
-                up_kn = load_decoded(
-                    codes,
-                    scales,
-                    I + col_n,
-                    col_n < I,
-                    k,
-                    stride_wi,
-                    stride_wh,
-                    stride_si,
-                    stride_sg,
-                    x_ptr.dtype.element_ty,
-                    H,
-                    I % BN == 0,
-                    KIND,
-                    False,
-                    BN,
+                    2 * BN,
                     BK,
                 ).T
             elif TMA:
-                gate_kn = w.load([expert, n * BN, k]).reshape(BN, BK).T
-                up_kn = w.load([expert, I + n * BN, k]).reshape(BN, BK).T
+                w_tile = w.load([expert, 0, n * BN, k]).reshape(2 * BN, BK).T
             else:
-                k_mask, n_mask = (k_k < H - k)[:, None], (col_n < I)[None, :]
-                gate_kn = load_tile(w_kn, k_mask, n_mask, H % BK == 0, I % BN == 0)
-                up_kn = load_tile(w_kn + up_offset, k_mask, n_mask, H % BK == 0, I % BN == 0)
-                w_kn += BK * stride_wh
-            gate_mn = tl.dot(x_tile, gate_kn, gate_mn, input_precision="ieee")
-            up_mn = tl.dot(x_tile, up_kn, up_mn, input_precision="ieee")
+                w_tile = load_tile(w_kj, (k_k < H - k)[:, None], inside_j[None, :], H % BK == 0, I % BN == 0)
+                w_kj += BK * stride_wh
+            z_mj = tl.dot(x_tile, w_tile, z_mj, input_precision="ieee")
         if KIND == IS_INT8:
-            gate_mn *= load_row_scales(scales, col_n, col_n < I, stride_si)[None, :]
-            up_mn *= load_row_scales(scales, I + col_n, col_n < I, stride_si)[None, :]
+            z_mj *= load_row_scales(scales, row_j, inside_j, stride_si)[None, :]
+        gate_mn, up_mn = column_halves(z_mj, BM, 2 * BN)
         left_gate, right_gate = column_halves(gate_mn, BM, BN)
         left_up, right_up = column_halves(up_mn, BM, BN)
         store_swiglu(
@@ -199,15 +179,14 @@ def up_swiglu(
     """
     _E, two_I, H = gate_up_E2IH.shape
     I = two_I // 2
-    tile = suited(tile, gate_up_E2IH)
+    tile = suited(tile, gate_up_E2IH, per_column=2)
     act_NI = x_TH.new_empty((groups.rows, I) if want_act else (0,))
     preact_N2I = x_TH.new_empty((groups.rows, two_I) if want_preact else (0,))
     for w, rows in pieces(gate_up_E2IH, groups, tile, x_TH.dtype):
         values = stored(w)
-        described = descriptor(values, (1, tile.n, tile.k)) if tile.tma else None
-        grid = (grid_size(rows.tile_bound * triton.cdiv(I, tile.n), tile, x_TH.device),)
+        described = descriptor(values.unflatten(1, (2, I)), (1, 2, tile.n, tile.k)) if tile.tma else None
         scales, *scale_strides = scale_arguments(w)
-        up_swiglu_kernel[grid](
+        grouped_launch(up_swiglu_kernel, I, w, rows, tile, described is not None, x_TH.device)(
             x_TH,
             values if described is None else described,
             scales,
@@ -215,21 +194,11 @@ def up_swiglu(
             preact_N2I,
             *rows.pointers(),
             *values.stride(),
-            I * values.stride(1),
             *scale_strides,
             H=H,
             I=I,
             SLOTS=rows.slots,
-            GROUPED=rows.grouped,
             WRITE_A=want_act,
             WRITE_Z=want_preact,
-            TMA=described is not None,
-            KIND=kind_of(w),
-            BM=tile.m,
-            BN=tile.n,
-            BK=tile.k,
-            GROUP_M=tile.group,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
         )
     return act_NI, preact_N2I

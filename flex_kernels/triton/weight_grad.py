@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flex_kernels.triton.common import load_tile
 from flex_kernels.triton.groups import Groups
+from flex_kernels.triton.tiles import ceil_div
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def weight_grad(p: Tensor, gather_p: bool, q: Tensor, gather_q: bool, groups: Gr
     # float32 runs on the plain cores and wants small tiles; so does the interpreter, whose matrices are
     # small.
     block, rows = (64, 32) if p.element_size() == 2 and p.device.type != "cpu" else (32, 16)
-    weight_grad_kernel[(triton.cdiv(P, block) * triton.cdiv(Q, block), E)](
+    weight_grad_kernel[(ceil_div(P, block) * ceil_div(Q, block), E)](
         p,
         q,
         dw_EPQ,
