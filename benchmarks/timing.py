@@ -19,13 +19,15 @@ def interleaved(
     seconds: float,
     least: int = 3,
     clock: Callable[[], float] = time.perf_counter,
+    rest: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds of every run, one of each in turn, so that a change of the machine's speed meets them all
     alike.
 
     One untimed round warms up. Rounds stop after ``repeats``, or past ``seconds`` once there are ``least``;
     where a single round takes longer than ``seconds``, after one. ``clock`` may be ``time.process_time``:
-    with one thread it leaves out what other programs on a busy machine take.
+    with one thread it leaves out what other programs on a busy machine take. ``rest``: seconds slept before
+    every sample, for runs whose idle threads go on spinning for a while and would slow down the next one.
     """
     began = time.perf_counter()
     for run in runs.values():
@@ -38,6 +40,7 @@ def interleaved(
         if done >= least and time.perf_counter() - began > seconds:
             break
         for name, run in runs.items():
+            time.sleep(rest)
             start = clock()
             run()
             samples[name].append(clock() - start)
