@@ -169,12 +169,13 @@ def candidates(capability: int, itemsize: int, coded: bool = False) -> dict[int,
     pinned = HOPPER if capability >= 90 else AMPERE
     found = {}
     for m, plan in pinned.items():
-        tiles = {plan.up, plan.down, plan.down_backward, plan.up_backward}
+        pinned_tiles = {plan.up, plan.down, plan.down_backward, plan.up_backward}
+        tiles = set(pinned_tiles)
         tiles |= {replace(t, stages=t.stages - 1) for t in tuple(tiles) if t.stages > 2}
         tiles |= {replace(t, n=64, warps=4) for t in tuple(tiles) if t.n > 64}
         if capability >= 90:
             tiles |= {replace(t, tma=False, per_sm=0, flatten=False) for t in tuple(tiles) if t.tma}
-            tiles |= {replace(t, flatten=False) for t in tuple(tiles) if t.flatten}
+            tiles |= {replace(t, flatten=False) for t in pinned_tiles if t.flatten}
         if coded and m < 128:
             base = Tile(m, 64, 64, group=plan.up.group)
             tiles = {replace(base, stages=s, warps=w) for s in (2, 3, 4) for w in (4, 8)}
