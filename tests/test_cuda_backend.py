@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulation import emulation_fixture, needs_compiler  # noqa: F401
+from triton_interpreter import need_interpreter
 
 from flex_kernels import cuda
 from flex_kernels.cuda import ops
@@ -140,6 +141,8 @@ def test_the_layer_s_values_and_gradients_through_this_backend():
     pytest.importorskip("triton", reason="triton is not installed")
     here = Path(__file__).parent
     interpret = "0" if torch.cuda.is_available() else "1"
+    if interpret == "1":
+        need_interpreter()
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", str(here / "cuda_suite_layer.py")]
     environment = os.environ | {"TRITON_INTERPRET": interpret, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     done = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton_interpreter import need_interpreter
 
 SUITES = ("triton_suite_kernels.py", "triton_suite_layer.py", "triton_suite_codes.py")
 
@@ -37,7 +38,7 @@ def run_suite(suite: str, interpret: bool) -> None:
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_the_suite_passes_in_the_interpreter(suite):
-    pytest.importorskip("triton", reason="triton is not installed")
+    need_interpreter()
     run_suite(suite, interpret=True)
 
 
