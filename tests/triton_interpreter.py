@@ -1,4 +1,4 @@
-"""Whether this Triton's interpreter works at all beside this NumPy: some releases fail on the simplest kernel.
+"""Whether this Triton's interpreter works at all with this NumPy: some releases fail on the simplest kernel.
 
 python tests/triton_interpreter.py      runs that kernel; the error is on the last line
 """
