@@ -77,7 +77,9 @@ def check_ffn(name: str, gate_up: Tensor, down: Tensor, hidden: int, device: tor
 
 
 def check_ids(ids_TK: Tensor, experts: int) -> None:
-    """Looks at values on the CPU alone: a GPU would have to be waited for, and its kernels skip such ids."""
+    """Looks at values in eager calls on the CPU alone: a GPU would have to be waited for, a tracer has none.
+    There the layer skips such ids.
+    """
     if ids_TK.device.type != "cpu" or torch.compiler.is_compiling() or not ids_TK.numel():
         return
     wrong = ids_TK[(ids_TK < 0) | (ids_TK > experts)]
