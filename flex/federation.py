@@ -118,7 +118,7 @@ def check_length(config: Config) -> None:
         return
     # YaRN and its kin stretch the positions; some checkpoints give the stretched number, some the original.
     rope = getattr(settings, "rope_parameters", None) or {}
-    stretched = rope.get("factor", 1) * rope.get("original_max_position_embeddings", 0)
+    stretched = (rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0)
     if config.data.max_length > max(most, stretched):
         raise ConfigError(
             f"data.max_length={config.data.max_length} exceeds the {max(most, stretched):.0f} positions of "
