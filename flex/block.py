@@ -5,6 +5,8 @@ Letters: T tokens, H hidden, Is shared width.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from flex.models import Adapter, find_blocks
 from flex.models.base import check_shared
 from flex.personal import PersonalCopy, PersonalLoRA
-from flex_kernels import Routed, Router, Shared, flex_moe
+from flex_kernels import Routed, Router, Shared, checkpoint_contexts, flex_moe
 from flex_kernels.types import Mix, Save
 
 
@@ -59,10 +61,25 @@ class GraftedBlock(nn.Module):
         self.save: Save = save
         self.backend = backend
         self.shut = False
+        self._gradient_checkpointing_func: Any = None
+        self.gradient_checkpointing = False
         self.personal = None
         self.shared_gate_up: Tensor | None = None
         self.stack_shared()
         self.train(original.training)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """transformers gives every module with this attribute the function that all decoder layers will call,
+        then switches it on or off.
+        """
+        return self._checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        if on:
+            keep_routing_on_replay(self._gradient_checkpointing_func)
+        self._checkpointing = on
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """y [..., H] for hidden_states [..., H]."""
@@ -125,6 +142,27 @@ class GraftedBlock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.adapter.architecture}, mix={self.mix!r}, save={self.save!r}, backend={self.backend!r}"
+
+
+def keep_routing_on_replay(function: Any) -> None:
+    """Give a checkpoint function of transformers :func:`flex_kernels.checkpoint_contexts`, in place.
+
+    It is one ``functools.partial`` that all decoder layers share, and made anew by each
+    ``gradient_checkpointing_enable``. One that brings a ``context_fn`` of its own is left alone; a reentrant
+    one takes none, and is warned about.
+    """
+    settings = function.keywords if isinstance(function, functools.partial) else {}
+    if "context_fn" in settings:
+        return
+    if settings.get("use_reentrant") is False:
+        settings["context_fn"] = checkpoint_contexts
+        return
+    warnings.warn(
+        "this kind of gradient checkpointing lets the replay choose experts again, and a token near a tie "
+        "may go elsewhere than in the forward pass; call model.gradient_checkpointing_enable() without "
+        "use_reentrant=True",
+        stacklevel=2,
+    )
 
 
 def grafted_blocks(model: nn.Module) -> dict[str, GraftedBlock]:

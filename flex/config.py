@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -233,6 +234,8 @@ class Config:
                     "from plain dicts use Config.from_dict"
                 )
         data, model, training = self.data, self.model, self.training
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", model.device):
+            raise ConfigError(f"model.device={model.device!r} is not one of 'auto', 'cpu', 'cuda', 'cuda:N'")
         if model.experts and model.experts_implementation != "flex_kernels":
             raise ConfigError(
                 f"model.experts={model.experts!r} and model.experts_implementation="

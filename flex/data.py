@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flex.config import Config
+from flex.config import Config, Partition
 from flex.partition import deal, shares_for
 from flex.rows import ClientData, Row
 from flex.seeds import generator
@@ -46,13 +46,7 @@ def load_clients(config: Config) -> list[ClientData]:
         test = (
             read_huggingface(data.path, data.subset, data.test_split, data.columns) if data.test_split else []
         )
-    if config.partition.scheme == "field":
-        for row in [*train, *test]:
-            if not getattr(row, config.partition.field):
-                raise DataError(
-                    f"partition.field={config.partition.field!r}, but the row {row.instruction[:60]!r} has "
-                    "none; add it to the data, map it with data.columns, or choose another partition.scheme"
-                )
+    check_partitioned([*train, *test], config.partition)
     shares = shares_for(train, config.partition, seed)
     split = bool(test)
     held = dict(deal(test, shares, config.partition, seed, "test")) if split else {}
@@ -73,6 +67,21 @@ def load_clients(config: Config) -> list[ClientData]:
                 )
         clients.append(ClientData(name, rows, mine))
     return sorted(clients, key=lambda client: client.name)
+
+
+def check_partitioned(rows: Iterable[Row], partition: Partition) -> None:
+    """Raise DataError on a row without the field that the partition goes by."""
+    if partition.scheme == "iid":
+        return
+    by = "field" if partition.scheme == "field" else "scheme"
+    field = partition.field if by == "field" else "category"
+    for row in rows:
+        if not getattr(row, field):
+            needs = "" if by == "field" else f" goes by {field!r}"
+            raise DataError(
+                f"partition.{by}={getattr(partition, by)!r}{needs}, but the row {row.instruction[:60]!r} has "
+                "none; add it to the data, map it with data.columns, or choose another partition.scheme"
+            )
 
 
 def split_off(rows: list[Row], fraction: float, name: str, seed: int) -> tuple[list[Row], list[Row]]:

@@ -67,6 +67,11 @@ def run(
             update. What was committed before is intact and can be resumed.
     """
     observer = observer or Observer()
+    if config is not None and not isinstance(config, Config):
+        raise ConfigError(
+            f"config must be a flex.Config, got {type(config).__name__}; "
+            "from plain dicts use Config.from_dict"
+        )
     if resume is not None:
         store = Store(resume)
         config = stored_config(store, config)
@@ -79,6 +84,7 @@ def run(
     clients = load_clients(config)
     data = fingerprint(clients)
     sample_clients(list(data["sizes"]), config, 1)
+    check_length(config)
     try:
         with threads(config.run.threads):
             commit = None
@@ -92,6 +98,32 @@ def run(
             return train(session, commit, data, observer)
     finally:
         store.release()
+
+
+def check_length(config: Config) -> None:
+    """Raise ConfigError when rows may be longer than the model's positions; reads its config.json alone."""
+    from transformers import AutoConfig
+
+    path = config.model.path
+    if path == "demo":
+        from flex.moefication import demo_model
+
+        path = str(demo_model())
+    try:
+        settings = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        return  # Loading the model says why, in terms of model.path.
+    most = getattr(settings, "max_position_embeddings", None)
+    if most is None:
+        return
+    # YaRN and its kin stretch the positions; some checkpoints give the stretched number, some the original.
+    rope = getattr(settings, "rope_parameters", None) or {}
+    stretched = (rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0)
+    if config.data.max_length > max(most, stretched):
+        raise ConfigError(
+            f"data.max_length={config.data.max_length} exceeds the {max(most, stretched):.0f} positions of "
+            f"model.path={config.model.path!r} (max_position_embeddings)"
+        )
 
 
 def train(session: Session, commit: Commit | None, data: Mapping[str, Any], observer: Observer) -> RunResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -42,7 +43,8 @@ class Writer:
             without_personal: with the gates shut: the pretrained experts (and the shared LoRA) alone.
 
         Raises:
-            ValueError: the instruction is empty, ``temperature`` is negative, ``max_new_tokens`` below 1.
+            ValueError: the instruction is empty, ``temperature`` is negative or not finite,
+                ``max_new_tokens`` below 1.
         """
         from transformers import GenerationConfig
 
@@ -51,8 +53,8 @@ class Writer:
 
         if not instruction.strip():
             raise ValueError("the prompt is empty")
-        if temperature < 0:
-            raise ValueError(f"temperature={temperature} must be at least 0")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature={temperature} must be at least 0, and finite")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         ids = prompt_ids(self.tokenizer, instruction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from flex.block import GraftedBlock, grafted_blocks
+from flex.block import GraftedBlock, grafted_blocks, keep_routing_on_replay
 from flex.hf_quantizer import refuse_save_pretrained
 from flex.models import find_blocks
 from flex.personal import PersonalCopy, PersonalLoRA
@@ -23,7 +24,7 @@ from flex.quantized import (
     quantize_experts,
 )
 from flex.select import Batch, Selection, select_experts
-from flex_kernels.check import check_option
+from flex_kernels.check import DTYPES, check_option
 from flex_kernels.dispatch import resolve_backend
 from flex_kernels.quantize import Kind
 from flex_kernels.types import Mix, Save
@@ -124,6 +125,8 @@ def graft(
         TypeError, ValueError: an argument, or the calibration data; nothing has been changed.
         RuntimeError: the backend asked for cannot run here.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a loaded Hugging Face model, got {type(model).__name__}")
     if any(isinstance(module, GraftedBlock) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} is already grafted: "
@@ -133,10 +136,12 @@ def graft(
     check_option("save", save, ("recompute", "preact"))
     if personal is not None:
         check_option("personal", personal, ("full", "lora"))
-    if not isinstance(rank, int) or rank < 1:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank={rank!r} must be an integer of at least 1")
-    if personal_dtype is not None and not personal_dtype.is_floating_point:
-        raise TypeError(f"personal_dtype={personal_dtype} is not a float dtype")
+    if not isinstance(alpha, float | int) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+        raise ValueError(f"alpha={alpha!r} must be a number above 0, and finite")
+    if personal_dtype is not None and personal_dtype not in DTYPES:
+        raise TypeError(f"personal_dtype={personal_dtype!r} is not one of {', '.join(map(str, DTYPES))}")
     check_kind(experts)
     check_one_source(calibration, start, personal)
 
@@ -167,6 +172,10 @@ def graft(
             else:
                 grafted.personal = PersonalLoRA(frozen, expert, row, personal_dtype, rank, alpha, generator)
         model.set_submodule(name, grafted)
+    for module in model.modules():
+        # Checkpointing that was switched on before.
+        if getattr(module, "gradient_checkpointing", False) and not isinstance(module, GraftedBlock):
+            keep_routing_on_replay(getattr(module, "_gradient_checkpointing_func", None))
     if experts is not None:
         refuse_save_pretrained(model, experts)
     return GraftReport(

@@ -95,6 +95,7 @@ def load_personal(model: nn.Module, source: str | os.PathLike | Mapping[str, Ten
     """Copy a client's personal state, a file or a dict, into the model's tensors.
 
     Raises:
+        TypeError: ``source`` is neither.
         FileNotFoundError, ValueError: no such file; a truncated or foreign file; a missing or unknown name, a
             wrong shape or dtype, a value that is not finite, an expert that does not exist. The model is
             unchanged.
@@ -114,7 +115,7 @@ def load_shared(model: nn.Module, source: str | os.PathLike | Mapping[str, Tenso
     """Copy the shared state, a file or a dict, into the model's LoRA adapters.
 
     Raises:
-        FileNotFoundError, ValueError: as for :func:`load_personal`. The model is unchanged.
+        TypeError, FileNotFoundError, ValueError: as for :func:`load_personal`. The model is unchanged.
     """
     targets = shared_tensors(model)
     what, state = read_source(source, "shared state")
@@ -131,6 +132,8 @@ def read_source(
 ) -> tuple[str, Mapping[str, Tensor]]:
     if isinstance(source, Mapping):
         return what, source
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"{what} must be a file or a dict of tensors, got {type(source).__name__}")
     return f"{what} in {os.fspath(source)}", load_tensors(source)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from flex_kernels.dispatch import NAMES
 from flex_kernels.quantize import GROUP_COLUMNS, Quantized
 from flex_kernels.types import Experts, Personal, Routed, Router, Shared
 
@@ -74,7 +77,9 @@ def check_ffn(name: str, gate_up: Tensor, down: Tensor, hidden: int, device: tor
 
 
 def check_ids(ids_TK: Tensor, experts: int) -> None:
-    """Looks at values on the CPU alone: a GPU would have to be waited for, and its kernels skip such ids."""
+    """Looks at values in eager calls on the CPU alone: a GPU would have to be waited for, a tracer has none.
+    There the layer skips such ids.
+    """
     if ids_TK.device.type != "cpu" or torch.compiler.is_compiling() or not ids_TK.numel():
         return
     wrong = ids_TK[(ids_TK < 0) | (ids_TK > experts)]
@@ -106,13 +111,18 @@ def check_router(
     if not isinstance(router, Router):
         raise TypeError(f"router must be a Router or Routed, got {type(router).__name__}")
     check_tensor("router.weight", router.weight, (experts, hidden), device)
-    if not isinstance(router.top_k, int) or router.top_k < 1:
+    if not isinstance(router.top_k, int) or isinstance(router.top_k, bool) or router.top_k < 1:
         raise ValueError(f"router.top_k must be an integer of at least 1, got {router.top_k!r}")
     if router.top_k > experts:
         raise ValueError(
             f"top_k={router.top_k} exceeds the {experts} experts of router.weight {list(router.weight.shape)}"
         )
+    if not isinstance(router.normalize, bool):
+        raise TypeError(f"router.normalize must be True or False, got {router.normalize!r}")
     check_option("router.score", router.score, ("softmax", "sigmoid"))
+    scale = router.scale
+    if not isinstance(scale, float | int) or isinstance(scale, bool) or not -math.inf < scale < math.inf:
+        raise ValueError(f"router.scale must be a finite number, got {scale!r}")
     if router.bias is not None:
         check_tensor("router.bias", router.bias, (experts,), device)
 
@@ -130,6 +140,8 @@ def check_arguments(
     if not isinstance(x, Tensor) or x.ndim < 1 or x.dtype not in DTYPES:
         got = describe(x) if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be a float tensor [..., H], got {got}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x must be a dense tensor, got {describe(x)} in layout {x.layout}: use x.to_dense()")
     hidden, device = x.shape[-1], x.device
     if not hidden:
         raise ValueError(f"x must have at least one feature in its last dimension, got {describe(x)}")
@@ -165,3 +177,21 @@ def check_arguments(
             check_tensor("shared.gate_weight", shared.gate_weight, (hidden,), device)
     check_option("mix", mix, ("add", "convex"))
     check_option("save", save, ("recompute", "preact"))
+
+
+def check_module(
+    router: Router, experts: Experts, shared: Shared | None, mix: str, save: str, backend: str
+) -> None:
+    """:func:`check_arguments` for a module that has seen no x yet: one without tokens stands in for it."""
+    if not isinstance(router, Router):
+        raise TypeError(f"router must be a Router, got {type(router).__name__}")
+    if not isinstance(experts, Experts):
+        raise TypeError(f"experts must be an Experts, got {type(experts).__name__}")
+    gate_up = experts.gate_up
+    if not isinstance(gate_up, Tensor | Quantized):
+        raise TypeError(f"experts.gate_up must be a tensor [E, 2*I, H], got {type(gate_up).__name__}")
+    check_weights("experts.gate_up", gate_up, ("E", "2*I", "H"), gate_up.device)
+    dtype = gate_up.dtype if isinstance(gate_up, Tensor) else torch.float32
+    x = torch.empty(0, gate_up.shape[-1], dtype=dtype, device=gate_up.device)
+    check_arguments(x, router, experts, None, shared, mix, save)
+    check_option("backend", backend, ("auto", *NAMES))

@@ -109,7 +109,7 @@ def fused_moe(
         backend,
     )
     if isinstance(router, Routed):
-        ids_TK, weights_TK = router.ids.int(), router.weights.float()
+        ids_TK, weights_TK = skip_unknown(router.ids, experts.count).int(), router.weights.float()
     gate_up, gate_up_scales = stored(experts.gate_up)
     down, down_scales = stored(experts.down)
     gate_T = None if personal is None else gates_GT[0]
@@ -133,6 +133,17 @@ def fused_moe(
         backend,
     )[0]
     return y_TH, logits_TE if want_logits else None
+
+
+def skip_unknown(ids_TK: Tensor, experts: int) -> Tensor:
+    """``ids_TK`` with everything outside [0, E] as E, a slot to skip, where :func:`check_ids` could not look.
+
+    Before the cast to int32, in which an id of 2^32 would become expert 0. Without waiting for the device.
+    """
+    if ids_TK.device.type == "cpu" and not torch.compiler.is_compiling():
+        return ids_TK
+    # -1 modulo E + 1 is E: two small kernels, where comparisons and a choice would be four.
+    return ids_TK.clamp(-1, experts).remainder(experts + 1)
 
 
 def cast(weights: Tensor | Quantized, dtype: torch.dtype) -> Tensor | Quantized:

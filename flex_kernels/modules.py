@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flex_kernels.check import check_module
 from flex_kernels.layer import flex_moe
 from flex_kernels.quantize import Quantized
 from flex_kernels.types import Experts, Mix, Personal, Router, Save, Score, Shared
@@ -79,6 +80,9 @@ class FlexMoE(nn.Module):
         mix, save, backend: as in :func:`flex_kernels.flex_moe`.
 
     Shapes: forward takes and returns [..., H].
+
+    Raises:
+        TypeError, ValueError: an argument does not fit the others.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class FlexMoE(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
+        check_module(router, experts, shared, mix, save, backend)
         self.top_k, self.normalize, self.scale = router.top_k, router.normalize, router.scale
         self.score: Score = router.score
         self.mix: Mix = mix
@@ -111,9 +116,11 @@ class FlexMoE(nn.Module):
         row.
 
         Raises:
-            IndexError: there is no such expert.
+            TypeError: ``expert`` is not an integer. IndexError: there is no such expert.
         """
         experts = self.experts()
+        if not isinstance(expert, int) or isinstance(expert, bool):
+            raise TypeError(f"expert must be an integer from 0 to {experts.count - 1}, got {expert!r}")
         if not 0 <= expert < experts.count:
             raise IndexError(f"expert={expert} is not one of the {experts.count} routed experts (from 0)")
         gate_up, down = experts.expert(expert)

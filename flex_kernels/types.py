@@ -46,7 +46,8 @@ class Routed:
     """A routing decision made elsewhere, used in place of a :class:`Router`.
 
     Args:
-        ids: [T, K] integers in [0, E]; the value E marks a slot to skip (a token of another rank).
+        ids: [T, K] integers in [0, E]; the value E marks a slot to skip (a token of another rank). Others
+            are refused in eager calls on the CPU, and skipped on a GPU and under torch.compile.
         weights: [T, K], any float dtype; differentiable.
     """
 

@@ -27,7 +27,7 @@ def test_top_k_beyond_the_experts_names_both_numbers(case):
         call(case, router=replace(case.router, top_k=9))
 
 
-@pytest.mark.parametrize("top_k", [0, -1, 1.5])
+@pytest.mark.parametrize("top_k", [0, -1, 1.5, True])
 def test_top_k_must_be_a_positive_integer(case, top_k):
     with pytest.raises(ValueError, match=r"router.top_k must be an integer of at least 1"):
         call(case, router=replace(case.router, top_k=top_k))
@@ -135,3 +135,27 @@ def test_float64_is_refused_by_a_fused_backend(case):
 def test_a_zero_sized_hidden_dimension_is_refused():
     with pytest.raises(ValueError, match="x must have at least one feature"):
         flex_moe(torch.zeros(3, 0), Router(torch.zeros(4, 0), 1), make_case().experts)
+
+
+@pytest.mark.parametrize(
+    "scale", ["a", None, True, float("nan"), float("inf"), -float("inf"), torch.tensor(2.0)]
+)
+def test_a_scale_that_is_no_finite_number_is_refused(case, scale):
+    with pytest.raises(ValueError, match=r"router.scale must be a finite number, got "):
+        call(case, router=replace(case.router, scale=scale))
+
+
+def test_an_integer_and_a_float_scale_give_the_same(case):
+    two, twice = (call(case, router=replace(case.router, scale=scale)) for scale in (2, 2.0))
+    assert torch.equal(two, twice) and not torch.equal(two, call(case))
+
+
+@pytest.mark.parametrize("normalize", ["yes", 1, None])
+def test_normalize_must_be_a_bool(case, normalize):
+    with pytest.raises(TypeError, match=rf"router.normalize must be True or False, got {normalize!r}"):
+        call(case, router=replace(case.router, normalize=normalize))
+
+
+def test_a_sparse_input_is_refused(case):
+    with pytest.raises(TypeError, match=r"x must be a dense tensor, got \[3, 8\] .* torch.sparse_coo"):
+        call(case, x_TH=case.x_TH.to_sparse())

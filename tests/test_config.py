@@ -37,6 +37,12 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.toml"))
             r"training\.learning_rate=nan must be above 0, and finite",
         ),
         ({"partition": {"alpha": float("inf")}}, r"partition\.alpha=inf must be above 0, and finite"),
+        (
+            {"model": {"device": "banana"}},
+            r"model\.device='banana' is not one of 'auto', 'cpu', 'cuda', 'cuda:N'",
+        ),
+        ({"model": {"device": "cuda:"}}, r"model\.device='cuda:' is not one of"),
+        ({"model": {"device": "cpu\n"}}, r"model\.device='cpu\\n' is not one of"),
         ({"data": {"source": "jsonl"}}, r"data\.path is empty; data\.source='jsonl' needs it"),
         ({"data": {"skills": []}}, r"data\.skills is empty"),
         ({"training": {"local_epochs": 1}}, r"local_steps=10 and training\.local_epochs=1: exactly one"),
@@ -57,6 +63,11 @@ def test_python_callers_get_the_same_checks():
         dataclasses.replace(Config().federation, rounds=-1)
     with pytest.raises(ConfigError, match=r"from plain dicts use Config\.from_dict"):
         Config(model={"path": "x"})
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
+def test_every_kind_of_device_is_accepted(device):
+    assert Config.from_dict({"model": {"device": device}}).model.device == device
 
 
 def test_errors_from_a_file_name_the_file(tmp_path):

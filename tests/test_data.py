@@ -120,6 +120,22 @@ def test_rows_without_the_field_of_the_partition_are_refused(tmp_path):
         load_clients(jsonl_config(tmp_path / "a.jsonl"))
 
 
+@pytest.mark.parametrize("scheme", ["pathological", "dirichlet"])
+def test_rows_without_a_category_are_refused_where_categories_are_dealt(tmp_path, scheme):
+    bare, full = tmp_path / "bare.jsonl", tmp_path / "full.jsonl"
+    bare.write_text(lines(*[GOOD | {"category": "sum"}] * 30, GOOD))
+    full.write_text(lines(*[GOOD | {"category": "sum"}] * 31))
+    partition = Partition(scheme=scheme, clients=2, alpha=100.0)
+    with pytest.raises(
+        DataError,
+        match=rf"partition\.scheme='{scheme}' goes by 'category', but the row 'add 1 and 1' has none",
+    ):
+        load_clients(dataclasses.replace(jsonl_config(bare), partition=partition))
+    assert len(load_clients(dataclasses.replace(jsonl_config(full), partition=partition))) == 2
+    equal = dataclasses.replace(partition, scheme="iid")
+    assert len(load_clients(dataclasses.replace(jsonl_config(bare), partition=equal))) == 2
+
+
 def test_split_off_by_hand():
     rows = [Row(str(i), "o") for i in range(7)]
     train, test = split_off(rows, 0.5, "x", 0)

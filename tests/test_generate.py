@@ -84,6 +84,8 @@ def test_sampling_depends_on_its_seed_alone(place):
     [
         ({"instruction": "  "}, "the prompt is empty"),
         ({"instruction": "a", "temperature": -1.0}, "temperature=-1.0 must be at least 0"),
+        ({"instruction": "a", "temperature": float("nan")}, "temperature=nan must be at least 0, and finite"),
+        ({"instruction": "a", "temperature": float("inf")}, "temperature=inf must be at least 0, and finite"),
         ({"instruction": "a", "max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
     ],
 )

@@ -357,6 +357,11 @@ def test_shut_gates_open_again_even_after_an_error():
     assert not any(block.shut for block in grafted_blocks(model).values())
 
 
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match="model must be a loaded Hugging Face model, got str"):
+        graft("mistralai/Mixtral-8x7B-v0.1", start=[0])
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -376,8 +381,16 @@ def test_shut_gates_open_again_even_after_an_error():
         ({"start": [0, 0], "save": "all"}, ValueError, "save='all'"),
         ({"start": [0, 0], "personal": "half"}, ValueError, "personal='half' is not one of 'full', 'lora'"),
         ({"start": [0, 0], "rank": 0}, ValueError, "rank=0"),
+        ({"start": [0, 0], "rank": True}, ValueError, "rank=True"),
+        ({"start": [0, 0], "alpha": "x"}, ValueError, "alpha='x' must be a number above 0, and finite"),
+        ({"start": [0, 0], "alpha": float("nan")}, ValueError, "alpha=nan must be a number above 0"),
         ({"start": [0, 0], "backend": "tpu"}, ValueError, "backend='tpu'"),
         ({"start": [0, 0], "personal_dtype": torch.int8}, TypeError, "personal_dtype=torch.int8"),
+        (
+            {"start": [0, 0], "personal_dtype": "float32"},
+            TypeError,
+            "personal_dtype='float32' is not one of torch",
+        ),
         ({"calibration": []}, ValueError, "holds no batch"),
         ({"calibration": [{"ids": tokens()}]}, ValueError, "batch 0 must have input_ids"),
     ],

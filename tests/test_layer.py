@@ -202,6 +202,20 @@ def test_compile_serves_another_number_of_tokens_without_a_graph_break():
         assert torch.equal(traced(case), layer(case))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_compiled_ids_outside_the_experts_are_skipped_and_never_wrap(dtype):
+    """Nothing can be raised inside a graph, and an int64 id of 2^32 + 1 must not become expert 1."""
+    torch._dynamo.reset()
+    case = make_case(T=3, E=5, K=2)
+    far = [2**32 + 1, -(2**32) + 2, 2**31, 6] if dtype == torch.int64 else [2**31 - 1, -(2**31), -1, 6]
+    ids = torch.tensor([[far[0], 4], [far[1], far[2]], [0, far[3]]], dtype=dtype)
+    skipping = torch.tensor([[5, 4], [5, 5], [0, 5]], dtype=dtype)
+    weights = torch.rand(3, 2)
+    traced = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    want = layer(replace(case, router=Routed(skipping, weights)))
+    assert torch.equal(traced(replace(case, router=Routed(ids, weights))), want)
+
+
 @pytest.mark.parametrize("kind", [None, "nf4"])
 def test_inductor_compiles_the_layer_between_its_own_kernels(kind):
     torch._dynamo.reset()

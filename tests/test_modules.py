@@ -1,10 +1,12 @@
 """FlexMoE: the module holds what it was given, trains only the personal part, and saves and loads exactly."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import make_case, relative_error
 
-from flex_kernels import FlexMoE, flex_moe
+from flex_kernels import Experts, FlexMoE, Routed, flex_moe
 
 
 def module(**options) -> FlexMoE:
@@ -49,6 +51,57 @@ def test_a_shut_gate_gives_the_original_layer():
 def test_an_unknown_expert_is_refused(expert):
     with pytest.raises(IndexError, match=rf"expert={expert} is not one of the 5 routed experts"):
         module().personalize(expert)
+
+
+@pytest.mark.parametrize("expert", [1.5, "1", True, None])
+def test_an_expert_that_is_no_integer_is_refused(expert):
+    with pytest.raises(TypeError, match=rf"expert must be an integer from 0 to 4, got {expert!r}"):
+        module().personalize(expert)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"router": {"weight": torch.zeros(3, 24)}}, r"router.weight must be \[5, 24\], got \[3, 24\]"),
+        ({"router": {"top_k": 6}}, r"top_k=6 exceeds the 5 experts"),
+        (
+            {"experts": {"down": torch.zeros(5, 24, 3)}},
+            r"experts.down must be \[5, 24, \d+\], got \[5, 24, 3\]",
+        ),
+        (
+            {"experts": {"gate_up": torch.zeros(5, 4, 24, dtype=torch.int64)}},
+            r"experts.gate_up must be float32",
+        ),
+        ({"experts": {"gate_up": [1]}}, r"experts.gate_up must be a tensor \[E, 2\*I, H\], got list"),
+        ({"shared": {"gate_weight": torch.zeros(23)}}, r"shared.gate_weight must be \[24\], got \[23\]"),
+        ({"mix": "foo"}, r"mix='foo' is not one of 'add', 'convex'"),
+        ({"save": "all"}, r"save='all' is not one of 'recompute', 'preact'"),
+        ({"backend": "tpu"}, r"backend='tpu' is not one of 'auto', 'reference'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_refused_when_the_module_is_made(changes, message):
+    case = make_case()
+    given = {"router": case.router, "experts": case.experts, "shared": case.shared}
+    for name, change in changes.items():
+        given[name] = replace(given[name], **change) if isinstance(change, dict) else change
+    with pytest.raises((TypeError, ValueError), match=message):
+        FlexMoE(**given)
+
+
+@pytest.mark.parametrize("router", [Routed(torch.zeros(3, 2), torch.zeros(3, 2)), None])
+def test_a_module_needs_a_router_of_its_own(router):
+    with pytest.raises(TypeError, match=r"router must be a Router, got "):
+        FlexMoE(router, make_case().experts)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_experts_and_those_on_the_meta_device_are_accepted(kind):
+    case = make_case(dtype=torch.bfloat16)
+    quantised = Experts.quantize(case.experts.gate_up, case.experts.down, kind)
+    assert FlexMoE(case.router, quantised)(case.x_TH).shape == case.x_TH.shape
+    bare = Experts(case.experts.gate_up.to("meta"), case.experts.down.to("meta"))
+    assert FlexMoE(replace(case.router, weight=case.router.weight.to("meta")), bare).gate_up.is_meta
 
 
 def test_the_state_dict_gives_the_same_outputs_back():

@@ -1,5 +1,7 @@
 """The federated loop on a tiny model: what is averaged, what stays, what is counted, what bad clients do."""
 
+import json
+
 import pytest
 import torch
 from tiny import save_tiny, tiny_config, write_rows
@@ -8,7 +10,7 @@ import flex.server
 from flex.client import ClientRefused, train_locally
 from flex.config import Config, ConfigError
 from flex.data import DataError
-from flex.federation import run
+from flex.federation import check_length, run
 from flex.files import load_tensors
 from flex.history import select_events
 from flex.observer import Observer
@@ -249,7 +251,24 @@ def test_settings_data_and_folders_are_refused_before_a_model_is_loaded(tiny, tm
         run(tiny_config(model, tmp_path / "absent.jsonl", tmp_path / "run"))
     with pytest.raises(ValueError, match="clients_per_round=9 exceeds the 3 clients"):
         run(tiny_config(model, rows, tmp_path / "run", federation={"clients_per_round": 9}))
+    with pytest.raises(
+        ConfigError, match=r"max_length=513 exceeds the 512 positions of model\.path='.*' \(max_pos"
+    ):
+        run(tiny_config(model, rows, tmp_path / "run", data={"max_length": 513}))
+    with pytest.raises(ConfigError, match=r"must be a flex\.Config, got dict; .*Config\.from_dict"):
+        run(tiny_config(model, rows, tmp_path / "run").to_dict())
     assert not (tmp_path / "run").exists(), "a refused run leaves no folder"
+
+
+def test_rows_may_be_as_long_as_the_models_positions_also_when_these_are_stretched(tiny, tmp_path):
+    model, rows = tiny
+    check_length(tiny_config(model, rows, tmp_path / "run", data={"max_length": 512}))
+    settings = json.loads((model / "config.json").read_text())
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"rope_parameters": rope}))
+    check_length(tiny_config(tmp_path, rows, tmp_path / "run", data={"max_length": 2048}))
+    with pytest.raises(ConfigError, match="max_length=2049 exceeds the 2048 positions"):
+        check_length(tiny_config(tmp_path, rows, tmp_path / "run", data={"max_length": 2049}))
 
 
 def test_a_model_that_is_not_there_is_named(tiny, tmp_path):

@@ -148,6 +148,14 @@ def test_a_personal_state_that_does_not_fit_is_refused_and_changes_nothing(
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
+@pytest.mark.parametrize("load", [load_personal, load_shared])
+@pytest.mark.parametrize("source", [None, 3])
+def test_a_source_that_is_neither_file_nor_dict_is_refused(load, source):
+    message = f"state must be a file or a dict of tensors, got {type(source).__name__}"
+    with pytest.raises(TypeError, match=message):
+        load(client(), source)
+
+
 def test_a_value_that_is_no_tensor_is_refused():
     model = client()
     with pytest.raises(ValueError, match=f"{KEY} must be a tensor, got float"):

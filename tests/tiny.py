@@ -47,7 +47,7 @@ def make_model(seed: int = 0, **changes: Any) -> Any:
         "num_key_value_heads": 2,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 512,
         "bos_token_id": None,
         "eos_token_id": 1,
         "pad_token_id": 0,
