@@ -232,6 +232,10 @@ class Config:
                     f"{name}={given!r} is not a flex.config.{table.__name__}; "
                     "from plain dicts use Config.from_dict"
                 )
+        if not self.run.folder.strip():
+            raise ConfigError(
+                f"run.folder={self.run.folder!r} is empty; name a folder, '.' is the current one"
+            )
         data, model, training = self.data, self.model, self.training
         if model.experts and model.experts_implementation != "flex_kernels":
             raise ConfigError(

@@ -39,6 +39,8 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.toml"))
         ({"partition": {"alpha": float("inf")}}, r"partition\.alpha=inf must be above 0, and finite"),
         ({"data": {"source": "jsonl"}}, r"data\.path is empty; data\.source='jsonl' needs it"),
         ({"data": {"skills": []}}, r"data\.skills is empty"),
+        ({"run": {"folder": ""}}, r"run\.folder='' is empty; name a folder"),
+        ({"run": {"folder": "  "}}, r"run\.folder='  ' is empty; name a folder"),
         ({"training": {"local_epochs": 1}}, r"local_steps=10 and training\.local_epochs=1: exactly one"),
         ({"training": {"local_steps": 0}}, r"local_steps=0 and training\.local_epochs=0: exactly one"),
         (
