@@ -2,14 +2,16 @@
 
     run/config.toml                          the settings
     run/data.json                            sizes and SHA-256 of every client's rows
-    run/latest                               which round is finished: the one file whose renaming commits a
-    round run/rounds/history.jsonl                 one event a line run/rounds/0003.shared.safetensors
-    what the server holds after round 3 run/clients/<name>/0003.safetensors      what stayed with the client
-    when it last took part, in round 3
+    run/latest                               which round is finished, and the round of every client's
+                                             state: the one file whose renaming commits a round
+    run/rounds/history.jsonl                 one event a line
+    run/rounds/0003.shared.safetensors       what the server holds after round 3
+    run/clients/<name>/0003.safetensors      what stayed with the client when it last took part, in round 3
 
 Files of round r+1 are written beside those of round r under new names. Renaming ``latest`` makes them
 current; until then they count for nothing and a resumed run deletes them. So a run may die at any moment,
-also between two clients.
+also between two clients. Other files in the folder are no concern of a run: it deletes what has a name of its
+own making.
 """
 
 from __future__ import annotations
