@@ -233,6 +233,10 @@ class Config:
                     f"{name}={given!r} is not a flex.config.{table.__name__}; "
                     "from plain dicts use Config.from_dict"
                 )
+        if not self.run.folder.strip():
+            raise ConfigError(
+                f"run.folder={self.run.folder!r} is empty; name a folder, '.' is the current one"
+            )
         data, model, training = self.data, self.model, self.training
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", model.device):
             raise ConfigError(f"model.device={model.device!r} is not one of 'auto', 'cpu', 'cuda', 'cuda:N'")

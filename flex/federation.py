@@ -63,8 +63,8 @@ def run(
     Raises:
         ConfigError, DataError: a setting or the data is refused, before a model is loaded.
         StoreError: the folder holds a run already (or none, to resume), another process is running it, the
-            disk is full, a client's file is damaged. RoundError: no client of a round returned a usable
-            update. What was committed before is intact and can be resumed.
+            disk is full, a client's file is damaged or gone. RoundError: no client of a round returned a
+            usable update. What was committed before is intact and can be resumed.
     """
     observer = observer or Observer()
     if config is not None and not isinstance(config, Config):
@@ -79,8 +79,7 @@ def run(
         raise ConfigError("config is missing; give a flex.Config, or resume=FOLDER")
     else:
         store = Store(config.run.folder)
-        if store.exists():
-            raise StoreError(f"{store.folder} already holds a run; resume it, or choose another run.folder")
+        store.check_free()
     clients = load_clients(config)
     data = fingerprint(clients)
     sample_clients(list(data["sizes"]), config, 1)
@@ -128,7 +127,7 @@ def check_length(config: Config) -> None:
 
 def train(session: Session, commit: Commit | None, data: Mapping[str, Any], observer: Observer) -> RunResult:
     store, rounds = session.store, session.config.federation.rounds
-    history = History(store.history, commit.history_bytes if commit else 0)
+    history = History(store.history, commit.history_bytes if commit else 0, store.intact)
     try:
         server = Server(session, history, observer)
         started = {"round": commit.round if commit else 0, **describe(session, data)}

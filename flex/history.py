@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from flex.store import StoreError
 
 
 class History:
@@ -16,35 +19,54 @@ class History:
         path: the file; made if it is not there.
         keep: bytes that belong to finished rounds; the rest, written by a round that did not finish, is cut
             off.
+        intact: says what of the run stands, for the message of a write that failed.
 
     Raises:
         ValueError: the file is shorter than ``keep``: it was changed since.
+        StoreError: it cannot be written, here or later; names the file.
     """
 
-    def __init__(self, path: str | os.PathLike, keep: int = 0):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        size = self.path.stat().st_size if self.path.exists() else 0
+    def __init__(self, path: str | os.PathLike, keep: int = 0, intact: Callable[[], str] = lambda: ""):
+        self.path, self.intact = Path(path), intact
+        with self.named():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            size = self.path.stat().st_size if self.path.exists() else 0
         if size < keep:
             raise ValueError(
                 f"{path} has {size} bytes, but {keep} were written by finished rounds; it was changed since"
             )
         # Unbuffered, so that an event is with the operating system when append returns.
-        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-        self.file.truncate(keep)
+        with self.named():
+            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            self.file.truncate(keep)
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """An OSError of the block becomes a StoreError that names the file and what stands."""
+        try:
+            yield
+        except OSError as error:
+            stands = self.intact()
+            raise StoreError(
+                f"could not write {self.path}: {error.strerror or error}{f'; {stands}' if stands else ''}"
+            ) from error
 
     def append(self, event: str, **values: Any) -> dict[str, Any]:
-        """Writes one line; returns what it holds."""
+        """Writes one line; returns what it holds. A write that fails may leave a part of the line, which a
+        resumed run cuts off.
+        """
         record = {"event": event, **values}
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-        while line:
-            line = line[self.file.write(line) :]
+        with self.named():
+            while line:
+                line = line[self.file.write(line) :]
         return record
 
     def sync(self) -> int:
         """Flushes to the disk; returns the length in bytes."""
-        os.fsync(self.file.fileno())
-        return os.fstat(self.file.fileno()).st_size
+        with self.named():
+            os.fsync(self.file.fileno())
+            return os.fstat(self.file.fileno()).st_size
 
     def close(self) -> None:
         self.file.close()

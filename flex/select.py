@@ -101,7 +101,8 @@ def select_experts(model: nn.Module, batches: Iterable[Batch], backend: str | No
 
     Raises:
         TypeError, ValueError: no tokens at all, a batch of another form (named by its number), ids outside
-            the vocabulary, activations that are not finite (the layer is named).
+            the vocabulary.
+        NotFiniteError: a ValueError; activations are not finite (the layer is named).
     """
     blocks = moe_blocks(model)
     sums = {name: LayerSums(name, block, adapter, backend) for name, (block, adapter) in blocks.items()}
@@ -128,6 +129,10 @@ def select_experts(model: nn.Module, batches: Iterable[Batch], backend: str | No
     return Selection(tuple(layer.result() for layer in sums.values()))
 
 
+class NotFiniteError(ValueError):
+    """A layer's input or an expert's output is NaN or infinite on the calibration data."""
+
+
 class LayerSums:
     """Running sums of one layer; what it holds has the size of E numbers."""
 
@@ -143,7 +148,7 @@ class LayerSums:
     def add(self, x_TH: Tensor) -> None:
         """The tokens of batch number ``self.batch`` that entered the layer."""
         if not torch.isfinite(x_TH).all():
-            raise ValueError(
+            raise NotFiniteError(
                 f"calibration batch {self.batch}: the input of layer {self.name} is not finite; "
                 "look for NaN in the model's weights or for overflow in its dtype"
             )
@@ -160,7 +165,7 @@ class LayerSums:
                 squares_E[c] += miss_tH.square_().sum(dtype=torch.float64)
         if not torch.isfinite(squares_E).all():
             worst = int(torch.nonzero(~torch.isfinite(squares_E))[0])
-            raise ValueError(
+            raise NotFiniteError(
                 f"calibration batch {self.batch}: the output of expert {worst} of layer {self.name} "
                 "is not finite"
             )

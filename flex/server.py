@@ -25,6 +25,7 @@ from flex.rows import ClientData
 from flex.seeds import generator, torch_seed
 from flex.session import Session
 from flex.state import shared_state
+from flex.store import StoreError
 from flex.strategies import Update
 from flex.strategies.base import size_in_bytes
 
@@ -63,7 +64,8 @@ class Server:
         """Trains the sampled clients, averages, commits.
 
         Raises:
-            RoundError: every client's update was refused, or the average is not finite.
+            RoundError: every client's update was refused, the average is not finite, or a client's turn
+                failed (it is named).
             StoreError: a file cannot be written or read. In both cases the last committed round is intact.
         """
         names = sample_clients(list(self.clients), self.config, round_)
@@ -113,6 +115,12 @@ class Server:
                 refused.append(record)
                 self.observer.client_refused(record)
                 continue
+            except StoreError:
+                raise
+            except (ValueError, RuntimeError, OSError) as error:
+                raise RoundError(
+                    f"round {round_} cannot be finished: client {name!r}: {error}; {self.store.intact()}"
+                ) from error
             record = self.history.append(
                 "client",
                 round=round_,
@@ -175,7 +183,7 @@ class Server:
         from them.
         """
         from flex.grafting import personalize
-        from flex.select import select_experts
+        from flex.select import NotFiniteError, select_experts
 
         self.observer.selecting(round_, client.name)
         data, count = self.config.data, self.config.personal.selection_rows
@@ -188,7 +196,10 @@ class Server:
                 rows, self.session.tokenizer, data.max_length, self.config.evaluation.batch_size
             )
         )
-        selection = select_experts(self.model, batches)
+        try:
+            selection = select_experts(self.model, batches)
+        except NotFiniteError as error:
+            raise ClientRefused(f"client {client.name!r}: {error}; it is left out of the round") from error
         personalize(self.model, selection)
         record = self.history.append(
             "selection", round=round_, client=client.name, layers=selection.to_dict()

@@ -96,13 +96,26 @@ def open_run(folder: str | Path) -> Session:
 
 
 def load_session(config: Config, clients: Sequence[ClientData], store: Store) -> Session:
-    """Loads and prepares the model; the shared state is the committed one, or the start's without one."""
-    from flex.state import shared_state
+    """Loads and prepares the model; the shared state is the committed one, or the start's without one.
+
+    Raises ConfigError as :func:`load_model`; StoreError naming the file: the committed shared state cannot be
+    read, is not finite or does not fit the model.
+    """
+    from flex.state import load_shared, shared_state
 
     strategy = STRATEGIES[config.federation.strategy]()
     model, tokenizer = load_model(config)
     parameters = prepare_model(model, config, strategy)
-    shared = shared_state(model) if store.committed is None else store.load_shared(store.committed.round)
+    if store.committed is None:
+        shared = shared_state(model)
+    else:
+        round_ = store.committed.round
+        shared = store.load_shared(round_)
+        try:
+            load_shared(model, shared)
+        except ValueError as error:
+            path = store.shared_path(round_)
+            raise StoreError(f"{path} does not fit this run: {error}") from error
     return Session(
         config, strategy, model, tokenizer, {c.name: c for c in clients}, shared, store, parameters
     )

@@ -86,6 +86,9 @@ def test_resume_needs_a_run(tmp_path, capsys):
         ["train"],
         ["train", "a.toml", "--resume", "b"],
         ["train", "--resume", "b", "--set", "run.seed=1"],
+        ["train", "a.toml", "--out", ""],
+        ["train", "--resume", ""],
+        ["demo", "--out", ""],
         ["sing"],
     ],
 )

@@ -45,6 +45,8 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.toml"))
         ({"model": {"device": "cpu\n"}}, r"model\.device='cpu\\n' is not one of"),
         ({"data": {"source": "jsonl"}}, r"data\.path is empty; data\.source='jsonl' needs it"),
         ({"data": {"skills": []}}, r"data\.skills is empty"),
+        ({"run": {"folder": ""}}, r"run\.folder='' is empty; name a folder"),
+        ({"run": {"folder": "  "}}, r"run\.folder='  ' is empty; name a folder"),
         ({"training": {"local_epochs": 1}}, r"local_steps=10 and training\.local_epochs=1: exactly one"),
         ({"training": {"local_steps": 0}}, r"local_steps=0 and training\.local_epochs=0: exactly one"),
         (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -179,6 +181,34 @@ def test_a_run_that_has_only_begun_is_reported(tmp_path):
     report = make_report([run], tmp_path / "out")
     assert report.pictures == []
     assert "0 of 3 rounds so far" in report.page.read_text()
+
+
+@pytest.mark.parametrize("picture", ["loss.png", "bytes.png"])
+def test_a_plot_that_a_full_disk_cuts_short_is_named_and_leaves_the_earlier_one(tmp_path, picture):
+    """The system itself refuses (RLIMIT_FSIZE), in a process of its own: the limit would hit the test runner
+    too.
+    """
+    run = write_run(tmp_path / "r", "flex")
+    make_report([run], tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    function = {"loss.png": "plot_loss", "bytes.png": "plot_bytes"}[picture]
+    program = f"""
+import resource, signal
+from pathlib import Path
+from flex.report.plots import {function}
+from flex.report.reader import read_runs
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+runs = read_runs([Path({str(run)!r})])
+{function}(runs, Path({str(tmp_path / "warm.png")!r}))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+try:
+    {function}(runs, Path({str(tmp_path / "out" / picture)!r}))
+except OSError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "File too large while writing" in done.stdout and f"out/{picture}" in done.stdout
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
 def test_refused_updates_are_listed(tmp_path):

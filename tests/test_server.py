@@ -4,17 +4,18 @@ import json
 
 import pytest
 import torch
-from tiny import save_tiny, tiny_config, write_rows
+from tiny import make_model, make_tokenizer, save_tiny, tiny_config, write_rows
 
+import flex.select
 import flex.server
 from flex.client import ClientRefused, train_locally
 from flex.config import Config, ConfigError
 from flex.data import DataError
 from flex.federation import check_length, run
-from flex.files import load_tensors
+from flex.files import load_tensors, save_tensors
 from flex.history import select_events
 from flex.observer import Observer
-from flex.server import RoundError, sample_clients
+from flex.server import RoundError, Server, sample_clients
 from flex.session import open_run
 from flex.store import Store, StoreError
 from flex.strategies import Flex
@@ -240,6 +241,101 @@ def test_a_clients_file_of_another_run_is_refused(tiny, tmp_path):
         StoreError, match=r"client 'anna': .*0002\.safetensors does not fit this run: .*missing"
     ):
         open_run(tmp_path / "lora").load_client("anna")
+
+
+def break_selection(monkeypatch, name: str, error: Exception):
+    """The selection on ``name``'s rows raises ``error``."""
+    choose = Server.choose_experts
+
+    def choose_experts(self, round_, client):
+        def select(model, batches):
+            if client.name == name:
+                raise error
+            return real(model, batches)
+
+        monkeypatch.setattr(flex.select, "select_experts", select)
+        choose(self, round_, client)
+
+    real = flex.select.select_experts
+    monkeypatch.setattr(Server, "choose_experts", choose_experts)
+
+
+def test_a_client_on_whose_rows_no_expert_can_be_chosen_is_left_out_by_name(tmp_path):
+    """A real overflow: one client's rows alone hold a letter whose embedding is infinite."""
+    rows = write_rows(tmp_path / "rows.jsonl", {"anna": 8, "bert": 8, "cleo": 8})
+    rows.write_text(rows.read_text().replace("say b", "say z"))
+    tokenizer = make_tokenizer()
+    broken = make_model()
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids("z")] = float("inf")
+    broken.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = tiny_config(
+        tmp_path / "model",
+        rows,
+        tmp_path / "run",
+        federation={"rounds": 1},
+        evaluation=QUICK | {"clients": 1},
+    )
+    result = run(config)
+    refused = select_events(result.history(), "refused")
+    assert [e["client"] for e in refused] == ["bert"]
+    assert refused[0]["reason"].startswith("client 'bert': calibration batch 0: the input of layer")
+    assert select_events(result.history(), "round")[0]["clients"] == ["anna", "cleo"]
+
+
+@pytest.mark.parametrize("error", [ValueError("a strange row"), RuntimeError("out of memory")])
+def test_any_other_failure_of_a_clients_turn_names_the_client(tiny, tmp_path, monkeypatch, error):
+    break_selection(monkeypatch, "bert", error)
+    message = rf"round 1 cannot be finished: client 'bert': {error}; the run is intact up to round 0"
+    with pytest.raises(RoundError, match=message):
+        run(tiny_config(*tiny, tmp_path / "run", evaluation=QUICK))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda state: {n: t * float("nan") for n, t in state.items()}, "are not finite"),
+        (lambda state: {"w": torch.zeros(2)}, "missing"),
+        (lambda state: {n: t.double() for n, t in state.items()}, r"torch\.float64"),
+    ],
+)
+def test_a_shared_state_that_is_foreign_or_not_finite_is_named_with_its_file(tiny, tmp_path, damage, message):
+    folder = tmp_path / "run"
+    run(tiny_config(*tiny, folder, federation={"rounds": 1}, evaluation=QUICK))
+    file = folder / "rounds/0001.shared.safetensors"
+    save_tensors(file, damage(load_tensors(file)))
+    named = rf"rounds/0001\.shared\.safetensors does not fit this run: .*{message}"
+    with pytest.raises(StoreError, match=named):
+        open_run(folder)
+    with pytest.raises(StoreError, match=named):
+        run(resume=folder)
+
+
+def test_a_run_is_not_resumed_when_a_clients_file_was_deleted(tiny, tmp_path):
+    folder = tmp_path / "run"
+
+    class Stop(Observer):
+        def round_started(self, round_, rounds, clients):
+            if round_ == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_config(*tiny, folder, evaluation=QUICK), observer=Stop())
+    (folder / "clients/bert/0001.safetensors").unlink()
+    with pytest.raises(StoreError, match=r"client 'bert': .*bert/0001\.safetensors is missing"):
+        run(resume=folder)
+    with pytest.raises(StoreError, match=r"client 'bert': .*bert/0001\.safetensors is missing"):
+        open_run(folder).measure("bert", generate=False)
+
+
+def test_a_folder_of_other_things_is_refused_before_a_model_is_loaded(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("flex.federation.load_session", lambda *a: pytest.fail("a model was loaded"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/data.json").write_text("[1, 2]")
+    with pytest.raises(StoreError, match=r"run holds data\.json, a name that a run writes"):
+        run(tiny_config(*tiny, tmp_path / "run"))
+    assert (tmp_path / "run/data.json").read_text() == "[1, 2]"
 
 
 def test_settings_data_and_folders_are_refused_before_a_model_is_loaded(tiny, tmp_path, monkeypatch):

@@ -24,8 +24,8 @@ def resumable(folder: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         raise Interrupted(f"stopped; {how_to_resume(folder)}") from stop
-    except LIBRARY_ERRORS:
-        if (folder / "latest").exists():
+    except LIBRARY_ERRORS as error:
+        if (folder / "latest").exists() and "--resume" not in str(error):
             print(how_to_resume(folder), file=sys.stderr)
         raise
 
@@ -67,6 +67,13 @@ def add_experts(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--experts", choices=("int8", "nf4"), help=f"quantise the frozen routed experts {what} to 8 or 4 bits"
     )
+
+
+def some_folder(text: str) -> Path:
+    """A folder's path; an empty one, which pathlib takes for the current folder, is refused."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; name a folder, '.' is the current one")
+    return Path(text)
 
 
 def positive(text: str) -> int:

@@ -12,7 +12,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from flex.commands.console import Interrupted, add_experts, add_quiet, positive, print_table
+from flex.commands.console import Interrupted, add_experts, add_quiet, positive, print_table, some_folder
 
 HELP = "train local, fedavg and flex on a real model and compare them (start here)"
 
@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", type=positive, metavar="N")
     parser.add_argument("--rows", type=positive, metavar="N", help="training rows of each client")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: runs/demo-1, -2, ...; a demo in DIR is continued"
+        "--out",
+        type=some_folder,
+        metavar="DIR",
+        help="default: runs/demo-1, -2, ...; a demo in DIR is continued",
     )
     parser.add_argument("--quick", action="store_true", help="as little as still goes through every part")
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flex.commands.console import add_quiet, print_table, resumable
+from flex.commands.console import add_quiet, print_table, resumable, some_folder
 
 HELP = "run a federation, or --resume one"
 
@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TABLE.KEY=VALUE",
         help="change a setting, e.g. --set federation.rounds=10; may be repeated",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (run.folder)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
+    parser.add_argument("--out", type=some_folder, metavar="DIR", help="the run's folder (run.folder)")
+    parser.add_argument("--resume", type=some_folder, metavar="RUN", help="continue the run in this folder")
     parser.add_argument(
         "--show-config", action="store_true", help="print every setting with its meaning, and stop"
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flex.files import atomic_write
 from flex.report.data import RunData, Speed, median
 
 # Okabe and Ito's palette: told apart by readers with any kind of colour vision.
@@ -257,6 +259,12 @@ def add_legend(figure: Any, axes: Any) -> None:
 
 
 def finish(plt: Any, figure: Any, path: Path) -> Path:
-    figure.savefig(path)
-    plt.close(figure)
+    """Writes the figure to ``path``, whole or not at all, and closes it. Raises OSError naming ``path``."""
+    drawn = io.BytesIO()
+    try:
+        figure.savefig(drawn, format=path.suffix.removeprefix(".") or None)
+    finally:
+        plt.close(figure)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(drawn.getbuffer())
     return path
