@@ -1,6 +1,6 @@
 """The kernels of any processor, compiled for aarch64 and run under qemu: they compute what they compute here.
 
-What that is, is held against float64 in test_native_cpu.py.
+What they compute here is held against float64 in test_native_cpu.py.
 """
 
 from __future__ import annotations
