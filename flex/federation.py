@@ -19,7 +19,7 @@ from flex.history import History, read_history
 from flex.memory import PeakMemory
 from flex.observer import Observer
 from flex.server import Server, sample_clients
-from flex.session import Session, load_session
+from flex.session import Session, load_session, usable_device
 from flex.store import Commit, Store, StoreError
 
 MAY_DIFFER = {"run.folder", "run.threads"}
@@ -80,6 +80,7 @@ def run(
     else:
         store = Store(config.run.folder)
         store.check_free()
+    usable_device(config)
     clients = load_clients(config)
     data = fingerprint(clients)
     sample_clients(list(data["sizes"]), config, 1)

@@ -121,6 +121,19 @@ def load_session(config: Config, clients: Sequence[ClientData], store: Store) ->
     )
 
 
+def usable_device(config: Config) -> torch.device:
+    """Where the model goes. Raises ConfigError: ``model.device`` is not there."""
+    device = config.model.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"model.device={device!r} cannot be used here: {error}") from error
+    return place
+
+
 def load_model(config: Config) -> tuple[Any, Any]:
     """(frozen model in eval mode on its device, tokenizer).
 
@@ -133,19 +146,12 @@ def load_model(config: Config) -> tuple[Any, Any]:
 
     from flex.loading import load
 
+    place = usable_device(config)
     path = config.model.path
     if path == "demo":
         from flex.moefication import demo_model
 
         path = str(demo_model())
-    device = config.model.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"model.device={device!r} cannot be used here: {error}") from error
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

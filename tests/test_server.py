@@ -373,3 +373,17 @@ def test_a_model_that_is_not_there_is_named(tiny, tmp_path):
     with pytest.raises(ConfigError, match=r"model\.device='cuda:99' cannot be used here"):
         run(tiny_config(*tiny, tmp_path / "run", model={"device": "cuda:99"}))
     assert not (tmp_path / "run").exists(), "a refused run leaves no folder"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_device_that_is_not_there_is_refused_before_the_model_is_looked_for(tmp_path, monkeypatch):
+    import flex.moefication
+
+    monkeypatch.setattr(flex.moefication, "demo_model", lambda: pytest.fail("the demo's model was made"))
+    settings = {
+        "model": {"path": "demo", "device": "cuda"},
+        "data": {"source": "reasoning_gym", "skills": ["chain_sum"]},
+        "run": {"folder": str(tmp_path / "run")},
+    }
+    with pytest.raises(ConfigError, match=r"model\.device='cuda' cannot be used here"):
+        run(Config.from_dict(settings))

@@ -17,7 +17,7 @@ from torch import Tensor
 _cpu_ops: Any = importlib.import_module("flex_kernels._cpu_ops")
 
 # Buffers from this size on ask for huge pages: the system hands out fresh pages one by one, and with those of
-# 4 KiB that took some 4% of a step of 8,192 tokens.
+# 4 KiB that took up to 4% of a step of 8,192 tokens.
 HUGE_PAGES_FROM = 8 << 20
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SEGMENT_WORDS: int = _cpu_ops.SEGMENT_WORDS
