@@ -59,6 +59,8 @@ PYBIND11_MODULE(_cpu_ops, m) {
   m.attr("GROUP_COLUMNS") = flex::kGroupColumns;
   m.attr("PARTIAL_COLUMNS") = flex::kPartialColumns;
   m.attr("THIN_ROWS") = flex::kThinRows;
+  m.attr("THIN_CODE_ROWS") = flex::kThinCodeRows;
+  m.attr("BLOCK_ROWS") = flex::kBlockRows;
   m.attr("HIDDEN_UNIT") = flex::kHiddenUnit;
   m.def("scratch_bytes", &scratch_bytes);
 

@@ -102,11 +102,12 @@ def one_expert_each(counts: list[int], H: int, I: int) -> Case:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("save", ["recompute", "preact"])
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "generic"])
-def test_every_number_of_rows_around_the_thin_kernels(isa, save, dtype):
-    most = ops.kernels.THIN_ROWS
+def test_every_number_of_rows_around_the_kernels_limits(isa, save, dtype):
+    thin, block = ops.kernels.THIN_ROWS, ops.kernels.BLOCK_ROWS
     ops.kernels.set_isa(isa)
     try:
-        case = one_expert_each([*range(1, 18), most - 1, most, most + 1], H=101, I=67)
+        case = one_expert_each([*range(1, 30), block - 1, block, block + 1], H=101, I=67)
+        assert 1 < thin < 29
         # float64 copies of the rounded case, so that both sides see the same numbers.
         agree(case.to(dtype), "x", "router.weights", save=save)
     finally:
@@ -116,10 +117,10 @@ def test_every_number_of_rows_around_the_thin_kernels(isa, save, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("H, I", [(6301, 3), (3, 3203)])
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "generic"])
-def test_a_thin_reduction_longer_than_its_scratch_goes_in_blocks(isa, H, I, dtype):
+def test_a_reduction_longer_than_its_scratch_goes_in_blocks(isa, H, I, dtype):
     ops.kernels.set_isa(isa)
     try:
-        agree(one_expert_each([ops.kernels.THIN_ROWS, 1], H, I).to(dtype), "x", "router.weights")
+        agree(one_expert_each([ops.kernels.THIN_ROWS, 1, 40], H, I).to(dtype), "x", "router.weights")
     finally:
         ops.kernels.set_isa("auto")
 
@@ -227,7 +228,7 @@ def test_weights_that_backward_reads_twice_share_a_batch_only_within_the_limit()
     assert size == 4 * 3 * 16 * 8
     assert [len(b) for b in fused.batches(groups, most_bytes=2 * size)] == [2, 2, 1]
     assert [len(b) for b in fused.batches(groups, most_bytes=1)] == [1] * 5
-    many = group_of(ops.kernels.THIN_ROWS + 1, 16)
+    many = group_of(fused.FEW_ROWS + 1, 16)
     kept = group_of(2, 16, preact_n2I=torch.zeros(2, 32))
     assert fused.bytes_read_twice(many) == fused.bytes_read_twice(kept) == 0
     assert len(fused.batches([kept, many], most_bytes=1)) == 1

@@ -67,12 +67,12 @@ def test_one_matrix_may_stay_plain(engine, plain):  # noqa: F811
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", FUSED)
-def test_every_number_of_rows_around_the_thin_kernels(isa, dtype, kind):
-    most = ops.kernels.THIN_ROWS
+def test_every_number_of_rows_around_the_kernels_limits(isa, dtype, kind):
+    most, block = ops.kernels.THIN_CODE_ROWS, ops.kernels.BLOCK_ROWS
     ops.kernels.set_isa(isa)
     try:
         for H, I in ((101, 67), (192, 128)):
-            case = one_expert_each([*range(1, 14), most - 1, most, most + 1], H=H, I=I).to(dtype)
+            case = one_expert_each([*range(1, 14), most - 1, most, most + 1, block + 1], H=H, I=I).to(dtype)
             agree(quantised(case, kind), "x", "router.weights")
     finally:
         ops.kernels.set_isa("auto")

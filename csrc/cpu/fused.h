@@ -1,11 +1,13 @@
-// The expert feed-forward on blocks of rows, forward and backward, over the products of gemm.h.
+// The expert feed-forward on blocks of rows, forward and backward, over the products of dots.h, columns.h and thin.h.
 //
 // Work is cut into tasks that threads take in turn. A task of the up direction owns one block of rows and columns of
 // one segment. A task of the down direction owns a slice of output columns and walks over all segments in order: the
 // sum over experts then needs no atomics, no second buffer, and has one order whatever the number of threads.
 #pragma once
 
-#include "cpu/gemm.h"
+#include "cpu/products.h"
+#include "cpu/columns.h"
+#include "cpu/dots.h"
 #include "cpu/tasks.h"
 #include "cpu/thin.h"
 
@@ -13,25 +15,32 @@ namespace {
 
 using flex::Segment;
 
-inline bool is_thin(const Segment& s, bool forward) {
-  return s.rows <= (forward ? flex::kForwardThinRows : kThinRows);
-}
-
-// Columns of a task by whether its segment has few rows.
+// Columns of a task. Forward: as many as share its packed rows while every thread has several tasks. Backward: by
+// whether its segment has few rows.
 struct PackedCut {
-  bool forward;
-  int64_t wide, thin, rows = kBlockRows;
+  int64_t wide = flex::kBackwardColumns, thin;
 
-  PackedCut(const Segment* segments, int64_t count, bool forward, int64_t block, int threads)
-      : forward(forward), wide(block) {
-    int64_t columns = 0;
-    for (int64_t i = 0; i < count; ++i) columns += is_thin(segments[i], forward) ? segments[i].width : 0;
+  PackedCut(const Segment* segments, int64_t count, bool forward, int threads) {
     constexpr int64_t kUnit = flex::kPartialColumns;
-    const int64_t share = pieces(columns, int64_t{4} * threads * kUnit) * kUnit;
-    thin = smaller(share < kUnit ? kUnit : share, flex::kThinColumns);
+    int64_t columns = 0, all = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      columns += is_thin(segments[i]) ? segments[i].width : 0;
+      all += segments[i].width * pieces(segments[i].rows, kBlockRows);
+    }
+    const auto share = [&](int64_t columns, int64_t most) {
+      const int64_t own = pieces(columns, int64_t{4} * threads * kUnit) * kUnit;
+      return smaller(own < kUnit ? kUnit : own, most);
+    };
+    thin = share(columns, flex::kThinColumns);
+    if (forward) wide = share(all, flex::kForwardColumns);
   }
 
-  int64_t columns(const Segment& s) const { return is_thin(s, forward) ? thin : wide; }
+  static bool is_thin(const Segment& s) {
+    const bool codes = s.gate_up_kind != flex::kStored && s.down_kind != flex::kStored;
+    return s.rows <= (codes ? flex::kThinCodeRows : flex::kThinRows);
+  }
+  int64_t columns(const Segment& s) const { return is_thin(s) ? thin : wide; }
+  static int64_t rows_of(const Segment& s) { return s.rows ? pieces(s.rows, pieces(s.rows, kBlockRows)) : 1; }
 };
 
 inline int64_t longest(const Segment* segments, int64_t count, int64_t hidden, int64_t factor) {
@@ -41,15 +50,11 @@ inline int64_t longest(const Segment* segments, int64_t count, int64_t hidden, i
   return most;
 }
 
-// The panels of a task whose segment is not thin: of the gate rows, then of the up rows. `columns`: of a whole task.
+// Rows of both halves of gate_up for a task: gate, then up.
 template <class E>
-inline Panels<E> gate_and_up_panels(const Place& place, bool forward, int64_t hidden, int64_t columns) {
-  Panels<E> panels(hidden, 2 * columns);
-  if (is_thin(*place.segment, forward)) return panels;
+inline WeightRows<E> gate_and_up_rows(const Place& place, int64_t hidden) {
   const Weight<E> gate = gate_up_of<E>(*place.segment).from(place.column, 0);
-  panels.add(gate, place.columns, true);
-  panels.add(gate.from(place.segment->width, 0), place.columns, true);
-  return panels;
+  return WeightRows<E>(gate, place.columns, hidden).with(gate.from(place.segment->width, 0));
 }
 
 // Hands out the numbers of a loop, one ahead of their use: who takes a task knows which will be its next.
@@ -69,18 +74,11 @@ class Queue {
 // Both halves of z for a task: gate in columns [0, lifted) of c, up from column `lifted` on, `lifted` being the task's
 // columns in whole panels.
 template <class E>
-void gate_and_up(const typename E::T* x, int64_t hidden, const Place& place, bool forward, int64_t whole, float* c,
-                 int64_t ldc, const Workspace& work, const Panels<E>& coming) {
-  const Segment& s = *place.segment;
-  const int32_t* tokens = address<const int32_t>(s.tokens) + place.first_row;
-  const Weight<E> gate = gate_up_of<E>(s).from(place.column, 0), lift = gate.from(s.width, 0);
-  if (is_thin(s, forward)) {
-    const int64_t lifted = pieces(place.columns, kPanelColumns) * kPanelColumns;
-    thin_product<E>(x, hidden, tokens, place.rows, hidden, gate, place.columns, true, c, ldc, work);
-    thin_product<E>(x, hidden, tokens, place.rows, hidden, lift, place.columns, true, c + lifted, ldc, work);
-    return;
-  }
-  product<E>(x, hidden, tokens, place.rows, gate_and_up_panels<E>(place, forward, hidden, whole), c, ldc, work, coming);
+void gate_and_up(const typename E::T* x, int64_t hidden, const Place& place, float* c, int64_t ldc,
+                 const Workspace& work, const Area& coming) {
+  dot_product<E>(x, hidden, address<const int32_t>(place.segment->tokens) + place.first_row, place.rows,
+                 gate_and_up_rows<E>(place, hidden), c, ldc, pieces(place.columns, kPanelColumns) * kPanelColumns, work,
+                 coming);
 }
 
 // a = silu(x gate^T) * (x up^T); keeps both products where the segment asks.
@@ -88,8 +86,7 @@ template <class E>
 void up(const void* x, int64_t hidden, const Segment* segments, int64_t count, void* scratch, int64_t bytes,
         int threads) {
   using T = typename E::T;
-  constexpr int64_t kColumns = kDeepColumns / 2;
-  const Grid<PackedCut> grid(segments, count, true, kColumns, threads);
+  const Grid<PackedCut> grid(segments, count, true, threads);
   const int64_t tasks = grid.tasks(segments, count);
   Queue queue;
 #pragma omp parallel num_threads(threads)
@@ -100,9 +97,9 @@ void up(const void* x, int64_t hidden, const Segment* segments, int64_t count, v
       const Place place = grid.place(task, segments);
       const Segment& s = *place.segment;
       const int64_t columns = place.columns, lifted = pieces(columns, kPanelColumns) * kPanelColumns;
-      const Panels<E> coming = next < tasks ? gate_and_up_panels<E>(grid.place(next, segments), true, hidden, kColumns)
-                                            : Panels<E>(0, kColumns);
-      gate_and_up<E>(static_cast<const T*>(x), hidden, place, true, kColumns, work.c, 2 * lifted, work, coming);
+      const Area coming =
+          next < tasks ? gate_and_up_rows<E>(grid.place(next, segments), hidden).area(0, 0) : Area{};
+      gate_and_up<E>(static_cast<const T*>(x), hidden, place, work.c, 2 * lifted, work, coming);
       for (int64_t r = 0; r < place.rows; ++r) {
         const float* gate = work.c + r * 2 * lifted;
         const float* lift = gate + lifted;
@@ -119,15 +116,6 @@ void up(const void* x, int64_t hidden, const Segment* segments, int64_t count, v
   }
 }
 
-// The right operand of a projection, [k, hidden], and the factor of each row (null for one).
-template <class E>
-struct Right {
-  Weight<E> weight;
-  int64_t k;
-  bool transposed;
-  const float* scale;
-};
-
 // The widest slice of whole units, at most about `width`, that gives every thread as many slices as any other:
 // 576 columns for two threads are six slices of 96, not four of 128 and one of 64.
 inline int64_t even_width(int64_t hidden, int64_t width, int threads, int64_t unit) {
@@ -135,74 +123,62 @@ inline int64_t even_width(int64_t hidden, int64_t width, int threads, int64_t un
   return pieces(pieces(hidden, slices), unit) * unit;
 }
 
-// out[tokens] += scale * (rows B) with B [k, hidden] of each segment, a slice of columns at a time.
-template <class E, class Operand>
-void project(const Segment* segments, int64_t count, int64_t hidden, float* out, void* scratch, int64_t bytes,
-             int threads, int64_t most, int64_t width, Operand operand) {
-  using T = typename E::T;
-  // Codes want whole groups.
-  int64_t unit = kPanelColumns;
-  for (int64_t i = 0; i < count; ++i)
-    if (!operand(segments[i]).weight.stored()) unit = flex::kGroupColumns;
-  width = even_width(hidden, width, threads, unit);
+// A slice of columns of a projection's result at a time, all segments in turn: calls f(workspace, slice's first column,
+// its columns, first column of the slice that this thread takes next or -1).
+template <class F>
+void each_slice(int64_t hidden, int64_t width, void* scratch, int64_t bytes, int threads, int64_t most, F f) {
   const int64_t slices = pieces(hidden, width);
-  // The columns of one segment that are computed at a time from `column` of a slice on.
-  const auto panels_of = [&](int64_t i, int64_t slice, int64_t column) {
-    const Right<E> right = operand(segments[i]);
-    const int64_t whole = right.transposed ? kDeepColumns : kWideColumns;
-    Panels<E> panels(right.k, whole);
-    if (slice < slices && !is_thin(segments[i], right.transposed))
-      panels.add(right.transposed ? right.weight.from(column, 0) : right.weight.from(0, column),
-                 smaller(whole, smaller((slice + 1) * width, hidden) - column), right.transposed);
-    return panels;
-  };
   Queue queue;
 #pragma omp parallel num_threads(threads)
   {
     const Workspace work(scratch, bytes, thread_index(), most);
     for (int64_t slice = queue.take(), next; slice < slices; slice = next) {
       next = queue.take();
-      const int64_t start = slice * width, end = smaller(start + width, hidden);
-      for (int64_t i = 0; i < count; ++i) {
-        const Segment& s = segments[i];
-        const Right<E> right = operand(s);
-        const bool thin = is_thin(s, right.transposed);
-        const int64_t across = thin ? width : right.transposed ? kDeepColumns : kWideColumns;
-        for (int64_t column = start; column < end; column += across) {
-          const int64_t columns = smaller(across, end - column);
-          const int64_t ldc = pieces(columns, kPanelColumns) * kPanelColumns;
-          const Panels<E> own = panels_of(i, slice, column);
-          const Panels<E> coming = column + across < end ? panels_of(i, slice, column + across)
-                                   : i + 1 < count       ? panels_of(i + 1, slice, start)
-                                                         : panels_of(0, next, next * width);
-          for (int64_t row = 0; row < s.rows; row += kBlockRows) {
-            const int64_t rows = smaller(kBlockRows, s.rows - row);
-            const T* from = address<const T>(s.hidden) + row * right.k;
-            if (thin)
-              thin_product<E>(from, right.k, nullptr, rows, right.k,
-                              right.transposed ? right.weight.from(column, 0) : right.weight.from(0, column), columns,
-                              right.transposed, work.c, ldc, work);
-            else
-              product<E>(from, right.k, nullptr, rows, own, work.c, ldc, work,
-                         row + kBlockRows < s.rows ? own : coming);
-            const int32_t* tokens = address<const int32_t>(s.tokens) + row;
-            for (int64_t r = 0; r < rows; ++r)
-              add_row<Float32>(work.c + r * ldc, right.scale ? right.scale[row + r] : 1.0f,
-                               out + tokens[r] * hidden + column, columns);
-          }
-        }
-      }
+      f(work, slice * width, smaller(width, hidden - slice * width), next < slices ? next * width : -1);
     }
   }
+}
+
+// Columns of a slice: codes want whole groups.
+inline int64_t slice_unit(const Segment* segments, int64_t count) {
+  int64_t unit = kPanelColumns;
+  for (int64_t i = 0; i < count; ++i)
+    if (segments[i].gate_up_kind != flex::kStored || segments[i].down_kind != flex::kStored) unit = flex::kGroupColumns;
+  return unit;
+}
+
+// out[tokens] += scale * c
+inline void add_rows(const float* c, int64_t ldc, int64_t rows, const int32_t* tokens, const float* scale, float* out,
+                     int64_t hidden, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r)
+    add_row<Float32>(c + r * ldc, scale ? scale[r] : 1.0f, out + tokens[r] * hidden, columns);
 }
 
 // out[tokens] += scale * (a down^T)
 template <class E>
 void down(const Segment* segments, int64_t count, int64_t hidden, float* out, void* scratch, int64_t bytes,
           int threads) {
-  project<E>(segments, count, hidden, out, scratch, bytes, threads, longest(segments, count, hidden, 1), kDeepColumns,
-             [](const Segment& s) {
-               return Right<E>{down_of<E>(s), s.width, true, address<const float>(s.scale)};
+  using T = typename E::T;
+  const int64_t width = even_width(hidden, flex::kSliceColumns, threads, slice_unit(segments, count));
+  const auto rows_of = [&](int64_t i, int64_t column) {
+    return WeightRows<E>(down_of<E>(segments[i]).from(column, 0), smaller(width, hidden - column), segments[i].width);
+  };
+  each_slice(hidden, width, scratch, bytes, threads, longest(segments, count, hidden, 1),
+             [&](const Workspace& work, int64_t column, int64_t columns, int64_t next) {
+               const int64_t ldc = pieces(columns, kPanelColumns) * kPanelColumns;
+               for (int64_t i = 0; i < count; ++i) {
+                 const Segment& s = segments[i];
+                 const WeightRows<E> own = rows_of(i, column);
+                 const Area coming = i + 1 < count ? rows_of(i + 1, column).area(0, 0)
+                                     : next >= 0   ? rows_of(0, next).area(0, 0)
+                                                   : Area{};
+                 evenly(s.rows, kBlockRows, [&](int64_t row, int64_t rows) {
+                   dot_product<E>(address<const T>(s.hidden) + row * s.width, s.width, nullptr, rows, own, work.c, ldc,
+                                  0, work, row + rows < s.rows ? own.area(0, 0) : coming);
+                   add_rows(work.c, ldc, rows, address<const int32_t>(s.tokens) + row,
+                            address<const float>(s.scale) + row, out + column, hidden, columns);
+                 });
+               }
              });
 }
 
@@ -210,14 +186,49 @@ void down(const Segment* segments, int64_t count, int64_t hidden, float* out, vo
 template <class E>
 void down_backward(const Segment* segments, int64_t count, int64_t hidden, float* dx, void* scratch, int64_t bytes,
                    int threads) {
-  // A slice reads a stretch of every weight row, each on a page of its own: these want to be long.
-  int64_t width = kWideColumns;
-  for (int64_t i = 0; i < count; ++i)
-    if (is_thin(segments[i], false)) width = 2 * flex::kThinColumns;
+  using T = typename E::T;
+  bool thin = false;
+  for (int64_t i = 0; i < count; ++i) thin = thin || PackedCut::is_thin(segments[i]);
+  // A slice reads a stretch of every weight row, each on a page of its own: where reading is the bound, a long one.
+  const int64_t most = thin ? 2 * flex::kThinColumns : flex::kSliceColumns;
   const int64_t share = pieces(hidden, int64_t{2} * threads * kPanelColumns) * kPanelColumns;
-  project<E>(segments, count, hidden, dx, scratch, bytes, threads, longest(segments, count, hidden, 2),
-             smaller(width, share), [](const Segment& s) {
-               return Right<E>{gate_up_of<E>(s), 2 * s.width, false, nullptr};
+  const int64_t width = even_width(hidden, smaller(most, share), threads, slice_unit(segments, count));
+  const auto columns_of = [&](int64_t i, int64_t column, int64_t columns) {
+    return WeightColumns<E>{gate_up_of<E>(segments[i]).from(0, column), columns, 2 * segments[i].width};
+  };
+  const auto first_of = [&](int64_t i, int64_t column) {
+    return PackedCut::is_thin(segments[i]) ? Area{} : columns_of(i, column, hidden - column).area(0, 0);
+  };
+  each_slice(hidden, width, scratch, bytes, threads, longest(segments, count, hidden, 2),
+             [&](const Workspace& work, int64_t column, int64_t columns, int64_t next) {
+               for (int64_t i = 0; i < count; ++i) {
+                 const Segment& s = segments[i];
+                 const int32_t* tokens = address<const int32_t>(s.tokens);
+                 const T* dz = address<const T>(s.hidden);
+                 const int64_t k = 2 * s.width;
+                 if (PackedCut::is_thin(s)) {
+                   const int64_t ldc = pieces(columns, kPanelColumns) * kPanelColumns;
+                   thin_product<E>(dz, k, nullptr, s.rows, k, gate_up_of<E>(s).from(0, column), columns, work.c, ldc,
+                                   work);
+                   add_rows(work.c, ldc, s.rows, tokens, nullptr, dx + column, hidden, columns);
+                   continue;
+                 }
+                 // Pieces that C has room for, whatever the width of a slice.
+                 for (int64_t start = 0; start < columns; start += flex::kSliceColumns) {
+                   const int64_t some = smaller(flex::kSliceColumns, columns - start), end = start + some;
+                   const int64_t ldc = pieces(some, kPanelColumns) * kPanelColumns;
+                   const WeightColumns<E> own = columns_of(i, column + start, some);
+                   const Area coming = end < columns    ? columns_of(i, column + end, columns - end).area(0, 0)
+                                       : i + 1 < count ? first_of(i + 1, column)
+                                       : next >= 0     ? first_of(0, next)
+                                                       : Area{};
+                   evenly(s.rows, kBlockRows, [&](int64_t row, int64_t rows) {
+                     column_product<E>(dz + row * k, k, nullptr, rows, own, work.c, ldc, work,
+                                       row + rows < s.rows ? own.area(0, 0) : coming);
+                     add_rows(work.c, ldc, rows, tokens + row, nullptr, dx + column + start, hidden, some);
+                   });
+                 }
+               }
              });
 }
 
@@ -227,16 +238,16 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
                  float* partial, void* scratch, int64_t bytes, int threads) {
   using T = typename E::T;
   constexpr int64_t kUnit = flex::kPartialColumns;
-  const Grid<PackedCut> grid(segments, count, false, kBackwardColumns, threads);
+  const Grid<PackedCut> grid(segments, count, false, threads);
   const int64_t tasks = grid.tasks(segments, count);
-  const auto down_panels = [hidden](const Place& place) {
-    Panels<E> panels(hidden, kBackwardColumns);
-    if (!is_thin(*place.segment, false))
-      panels.add(down_of<E>(*place.segment).from(0, place.column), place.columns, false);
-    return panels;
+  const auto down_columns = [hidden](const Place& place) {
+    return WeightColumns<E>{down_of<E>(*place.segment).from(0, place.column), place.columns, hidden};
   };
-  const auto first_panels = [&](const Place& place) {
-    return place.segment->preact ? down_panels(place) : gate_and_up_panels<E>(place, false, hidden, kBackwardColumns);
+  const auto down_area = [&](const Place& place) {
+    return PackedCut::is_thin(*place.segment) ? Area{} : down_columns(place).area(0, 0);
+  };
+  const auto first_area = [&](const Place& place) {
+    return place.segment->preact ? down_area(place) : gate_and_up_rows<E>(place, hidden).area(0, 0);
   };
   Queue queue;
 #pragma omp parallel num_threads(threads)
@@ -246,8 +257,7 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
       next = queue.take();
       const Place place = grid.place(task, segments);
       const Segment& s = *place.segment;
-      const Panels<E> own = down_panels(place);
-      const Panels<E> coming = next < tasks ? first_panels(grid.place(next, segments)) : Panels<E>(0, kBackwardColumns);
+      const Area coming = next < tasks ? first_area(grid.place(next, segments)) : Area{};
       const int64_t columns = place.columns, units = pieces(s.width, kUnit);
       const int32_t* tokens = address<const int32_t>(s.tokens) + place.first_row;
       float* sums = partial + place.first_row * units + place.column / kUnit;
@@ -256,12 +266,13 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
 
       const int64_t lift = pieces(columns, kPanelColumns) * kPanelColumns, da = 2 * lift, across = 3 * lift;
       if (!s.preact)
-        gate_and_up<E>(static_cast<const T*>(x), hidden, place, false, kBackwardColumns, work.c, across, work, own);
-      if (is_thin(s, false))
+        gate_and_up<E>(static_cast<const T*>(x), hidden, place, work.c, across, work, down_area(place));
+      if (PackedCut::is_thin(s))
         thin_product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, hidden,
-                        down_of<E>(s).from(0, place.column), columns, false, work.c + da, across, work);
+                        down_of<E>(s).from(0, place.column), columns, work.c + da, across, work);
       else
-        product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, own, work.c + da, across, work, coming);
+        column_product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, down_columns(place), work.c + da,
+                          across, work, coming);
       for (int64_t r = 0; r < place.rows; ++r) {
         const int64_t row = place.first_row + r;
         const float scale = address<const float>(s.scale)[row];

@@ -36,6 +36,7 @@ struct TileCut {
     most = smaller(share < 2 * kPartialColumns ? 2 * kPartialColumns : share, columns);
   }
 
+  int64_t rows_of(const Segment&) const { return rows; }
   // Columns of a task: as even as whole units allow.
   int64_t columns(const Segment& s) const {
     return s.width ? rounded(pieces(s.width, pieces(s.width, most)), kPartialColumns) : kPartialColumns;

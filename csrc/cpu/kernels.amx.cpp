@@ -2,7 +2,7 @@
 // AVX-512 table. As there: an anonymous namespace and no standard template.
 #include "cpu/vector_avx512.h"
 #include "cpu/rows.h"
-#include "cpu/gemm.h"
+#include "cpu/products.h"
 #include "cpu/tiles.h"
 #include "cpu/fused_amx.h"
 

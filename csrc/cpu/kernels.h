@@ -38,33 +38,36 @@ struct Segment {
   int64_t scaled;      // backward: scale * a, [n, I] in x's dtype; 0 for none
 };
 
-// Geometry of the fused kernels' scratch, the same for every instruction set. A "word" is 32 bits of packed operand:
-// one float32, or two neighbouring bfloat16 along the reduced dimension.
-constexpr int64_t kPanelWords = 1 << 16;    // words of weights packed at a time, of all columns
-constexpr int64_t kDeepColumns = 128;       // columns at a time where weights lie contiguous along the reduced dimension
-constexpr int64_t kWideColumns = 512;       // columns at a time where they lie contiguous along the columns
-constexpr int64_t kBackwardColumns = 128;   // columns of I at a time in up_backward
-constexpr int64_t kBlockRows = 384;         // rows of a product computed at a time
+// Geometry of the fused kernels, the same for every instruction set. A "word" is 32 bits of packed operand: one float32,
+// or two neighbouring bfloat16 along the reduced dimension.
+constexpr int64_t kBlockRows = 128;         // rows of a product at a time, packed in the second-level cache
+constexpr int64_t kDotWords = 1024;         // words of them where weights lie contiguous along the reduced dimension
+constexpr int64_t kTileWords = 128;         // and where they lie contiguous along the columns
+constexpr int64_t kForwardColumns = 256;    // columns of I in a task of `up`, at most
+constexpr int64_t kBackwardColumns = 128;   // in a task of up_backward
+constexpr int64_t kSliceColumns = 512;      // columns of H that a task of the other two owns, at most
 constexpr int64_t kPartialColumns = 64;     // columns of I in a part sum of dscale
-constexpr int64_t kPanelRows = 12;      // rows in registers at a time, at most
-// Segments of no more rows go through products that pack nothing (thin.h): fewer in forward, where packing reads whole
-// rows of weights and is overlapped best.
-constexpr int64_t kForwardThinRows = 8;
-constexpr int64_t kThinRows = 32;
-constexpr int64_t kThinColumns = 512;   // columns of such a product computed at a time, of each weight matrix
+// Segments of no more rows (of codes) are bound by the reading of weights (thin.h), and want longer stretches of them.
+constexpr int64_t kThinRows = 12, kThinCodeRows = 32;
+constexpr int64_t kThinColumns = 512;       // columns of I in a task; twice as many of H
 // Room of a forward segment's hidden rows: I rounded up to this many elements a row. The last segment of a buffer is
 // followed by as many more, which kernels may read.
 constexpr int64_t kHiddenUnit = 32;
 
+// Words of packed operands that one thread needs room for, with operands of `longest` elements.
+inline int64_t packed_words(int64_t longest) {
+  const int64_t whole = (longest + 31) / 32 * 32;
+  const int64_t words = kBlockRows * (whole < kDotWords ? whole : kDotWords);
+  return words < kBlockRows * kTileWords ? kBlockRows * kTileWords : words;
+}
+
 // Bytes of scratch that one thread needs for segments of at most `rows` rows and operands of `longest` elements.
 inline int64_t bytes_a_thread(int64_t longest, int64_t rows) {
-  const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
-  const auto larger = [](int64_t a, int64_t b) { return a < b ? b : a; };
-  const int64_t b = larger(smaller(kPanelWords, kWideColumns * longest), 64 * kThinRows);
-  const int64_t a = kPanelRows * (kPanelWords / kDeepColumns + 16);
-  const int64_t thin = 3 * kThinColumns * smaller(rows, kThinRows);
-  const int64_t c = larger(larger(kWideColumns, 3 * kBackwardColumns) * smaller(rows, kBlockRows), thin);
-  return 4 * (b + a + c);
+  const auto rows_of = [rows](int64_t most) { return rows < most ? rows : most; };
+  const int64_t thin = 3 * kThinColumns * rows_of(kThinCodeRows);
+  const int64_t wide = (2 * kForwardColumns > kSliceColumns ? 2 * kForwardColumns : kSliceColumns) * rows_of(kBlockRows);
+  static_assert(3 * kBackwardColumns <= 2 * kForwardColumns && 2 * kThinColumns <= 3 * kThinColumns, "room for all");
+  return 4 * (packed_words(longest) + (wide < thin ? thin : wide));
 }
 
 struct Kernels {

@@ -39,14 +39,14 @@ struct Place {
   int64_t first_row, rows, column, columns;
 };
 
-// How segments are cut into tasks of rows and columns, numbered from the first segment on. `Cut` has `rows`, of a task,
-// and `columns(segment)`. No sum depends on the cut, so it may follow the threads.
+// How segments are cut into tasks of rows and columns, numbered from the first segment on. `Cut` has
+// `rows_of(segment)` and `columns(segment)`, of a task. No sum depends on the cut, so it may follow the threads.
 template <class Cut>
 struct Grid : Cut {
   using Cut::Cut;
 
   int64_t tasks(const flex::Segment& s) const {
-    return pieces(s.rows, this->rows) * pieces(s.width, this->columns(s));
+    return pieces(s.rows, this->rows_of(s)) * pieces(s.width, this->columns(s));
   }
   int64_t tasks(const flex::Segment* segments, int64_t count) const {
     int64_t total = 0;
@@ -57,9 +57,9 @@ struct Grid : Cut {
   Place place(int64_t number, const flex::Segment* segments) const {
     const flex::Segment* s = segments;
     for (; number >= tasks(*s); ++s) number -= tasks(*s);
-    const int64_t block = this->columns(*s), across = pieces(s->width, block), row = number / across * this->rows;
-    const int64_t column = number % across * block;
-    return {s, row, smaller(this->rows, s->rows - row), column, smaller(block, s->width - column)};
+    const int64_t rows = this->rows_of(*s), columns = this->columns(*s), across = pieces(s->width, columns);
+    const int64_t row = number / across * rows, column = number % across * columns;
+    return {s, row, smaller(rows, s->rows - row), column, smaller(columns, s->width - column)};
   }
 };
 

@@ -239,12 +239,12 @@ struct CodeDots {
 };
 
 // dot_weights(rows) rows of the weight at a time, or one.
-inline CodeDot code_dot(bool nf4, bool several, int64_t rows) {
+inline CodeDot code_dot_of(bool nf4, bool several, int64_t rows) {
   using Dots = CodeDots<1, 2, 3, 4, 5, 6, 7, 8>;
   return several ? Dots::several[nf4][rows - 1] : Dots::one[nf4][rows - 1];
 }
 
-inline CodeAxpy code_axpy(bool nf4, int64_t rows) {
+inline CodeAxpy code_axpy_of(bool nf4, int64_t rows) {
   static const CodeAxpy int8[] = {int8_axpy<1>, int8_axpy<2>, int8_axpy<3>, int8_axpy<4>,
                                   int8_axpy<5>, int8_axpy<6>, int8_axpy<7>, int8_axpy<8>};
   static const CodeAxpy four_bits[] = {nf4_axpy<1>, nf4_axpy<2>, nf4_axpy<3>, nf4_axpy<4>, nf4_axpy<5>, nf4_axpy<6>};
@@ -289,7 +289,7 @@ inline void add_code_rows(const Weight<BFloat16>& weight, int64_t k0, int64_t le
                           const float* a, int64_t lda, float* c, int64_t ldc) {
   const bool nf4 = weight.kind == flex::kNf4;
   const int64_t wide = nf4 ? kGroup : kPanelColumns, stretch = nf4 ? 2 * kCodeBytes : kCodeBytes;
-  alignas(64) float scaled[kThinRows][kCodeDepth / 2];
+  alignas(64) float scaled[flex::kThinCodeRows][kCodeDepth / 2];
   alignas(64) char codes[kCodeDepth * kCodeBytes];
   GroupScales scales;
   const auto scale_rows = [&](int64_t d, int64_t group) {
@@ -313,7 +313,7 @@ inline void add_code_rows(const Weight<BFloat16>& weight, int64_t k0, int64_t le
         if (nf4) scale_rows(d, group + j / kGroup);
         const Coming coming{weight.byte(k0 + d + kCodeDepth, start + j), weight.ld};
         evenly(rows, nf4 ? kNf4AxpyRows : kInt8AxpyRows, [&](int64_t m, int64_t count) {
-          code_axpy(nf4, count)(codes + (nf4 ? j / 2 : j), pairs, scaled[m], kCodeDepth / 2,
+          code_axpy_of(nf4, count)(codes + (nf4 ? j / 2 : j), pairs, scaled[m], kCodeDepth / 2,
                                 c + m * ldc + start + j, ldc, k0 + d > 0, m || j / wide % 2 ? Coming{} : coming);
         });
       }
@@ -321,39 +321,55 @@ inline void add_code_rows(const Weight<BFloat16>& weight, int64_t k0, int64_t le
   }
 }
 
-// thin_product for codes; false where it is better served by strips.
-template <>
-inline bool thin_codes<BFloat16>(const uint16_t* base, int64_t lda, const int32_t* index, int64_t rows, int64_t k,
-                                 const Weight<BFloat16>& weight, int64_t columns, bool transposed, float* c,
-                                 int64_t ldc, const Workspace& work) {
-  const bool nf4 = weight.kind == flex::kNf4;
-  if (transposed && rows > kMostDotCodeRows) return false;
-  // An NF4 panel is a whole group.
-  if (!transposed && nf4 && (weight.column % kGroup || ldc % kGroup)) return false;
-  const int64_t room = (work.a - work.b) / rows / 32 * 32 - 32, all = pieces(pieces(k, 2), 32) * 32;
+// Rows of A beside each other, as many elements at a time as fit; calls f(k0, length, stride in words) for each block.
+template <class F>
+inline void code_blocks(const uint16_t* base, int64_t lda, const int32_t* index, int64_t rows, int64_t k,
+                        bool even_then_odd, const Workspace& work, F f) {
+  const int64_t room = work.room / rows / 32 * 32 - 32, all = pieces(pieces(k, 2), 32) * 32;
   const int64_t block = 2 * smaller(all, room), stride = block / 2 + 16;
   for (int64_t k0 = 0; k0 < k; k0 += block) {
     const int64_t length = smaller(block, k - k0), words = pieces(length, 64) * 32;
     for (int64_t r = 0; r < rows; ++r) {
-      float* row = work.b + r * stride;
+      float* row = work.a + r * stride;
       // A sum reads whole groups: what lies beyond the row must be zero.
       for (int64_t i = pieces(length, 2) / W * W; i < words; i += W) Float32::store(row + i, set1(0.0f));
       Packing<BFloat16>::pack_row(base + (index ? index[r] : r) * lda + k0, length, row);
-      if (transposed && nf4) split_even_odd(row, words);
+      if (even_then_odd) split_even_odd(row, words);
     }
-    if (!transposed) {
-      add_code_rows(weight, k0, length, rows, columns, work.b, stride, c, ldc);
-      continue;
-    }
-    const int64_t most = dot_weights(rows);
-    for (int64_t j = 0, some; j < columns; j += some) {
-      some = j + most <= columns ? most : 1;
-      code_dot(nf4, some > 1, rows)(weight, j, k0, length, work.b, stride, c + j, ldc, k0 > 0);
-    }
+    f(k0, length, stride);
   }
-  if (!transposed && nf4)
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < columns; j += kGroup) settle_nf4(c + r * ldc + j);
+}
+
+template <>
+inline bool code_dots<BFloat16>(const uint16_t* base, int64_t lda, const int32_t* index, int64_t rows,
+                                const WeightRows<BFloat16>& weights, float* c, int64_t ldc, int64_t apart,
+                                const Workspace& work) {
+  if (rows > kMostDotCodeRows) return false;
+  const bool nf4 = weights.part[0].kind == flex::kNf4;
+  const int64_t most = dot_weights(rows);
+  code_blocks(base, lda, index, rows, weights.k, nf4, work, [&](int64_t k0, int64_t length, int64_t stride) {
+    for (int p = 0; p < weights.parts; ++p)
+      for (int64_t j = 0, some; j < weights.columns; j += some) {
+        some = j + most <= weights.columns ? most : 1;
+        code_dot_of(nf4, some > 1, rows)(weights.part[p], j, k0, length, work.a, stride, c + p * apart + j, ldc,
+                                         k0 > 0);
+      }
+  });
+  return true;
+}
+
+template <>
+inline bool code_axpy<BFloat16>(const uint16_t* base, int64_t lda, const int32_t* index, int64_t rows, int64_t k,
+                                const Weight<BFloat16>& weight, int64_t columns, float* c, int64_t ldc,
+                                const Workspace& work) {
+  const bool nf4 = weight.kind == flex::kNf4;
+  // An NF4 panel is a whole group.
+  if (nf4 && (weight.column % kGroup || ldc % kGroup)) return false;
+  code_blocks(base, lda, index, rows, k, false, work, [&](int64_t k0, int64_t length, int64_t stride) {
+    add_code_rows(weight, k0, length, rows, columns, work.a, stride, c, ldc);
+  });
+  for (int64_t r = 0; r < rows && nf4; ++r)
+    for (int64_t j = 0; j < columns; j += kGroup) settle_nf4(c + r * ldc + j);
   return true;
 }
 

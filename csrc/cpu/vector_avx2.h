@@ -78,6 +78,17 @@ inline float sum(V a) {
   h = _mm_add_ps(h, _mm_movehl_ps(h, h));
   return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
 }
+// The sums of four vectors, each added up in the same order.
+inline __m128 four_sums(V a, V b, V c, V d) {
+  const V lanes = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  return _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+}
+// p[i] (+)= sums[i] for i < n
+inline void add_sums(__m128 sums, int n, float* p, bool accumulate) {
+  const __m128i lanes = _mm_cmpgt_epi32(_mm_set1_epi32(n), _mm_setr_epi32(0, 1, 2, 3));
+  if (accumulate) sums = _mm_add_ps(sums, _mm_maskload_ps(p, lanes));
+  _mm_maskstore_ps(p, lanes, sums);
+}
 // The constant stands first: these instructions return the second operand when either is not a number.
 inline V clamp(V x, float low, float high) { return _mm256_min_ps(set1(high), _mm256_max_ps(set1(low), x)); }
 inline V nearest(V x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

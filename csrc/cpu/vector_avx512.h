@@ -52,6 +52,21 @@ inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 inline V div(V a, V b) { return _mm512_div_ps(a, b); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(V a) { return _mm512_reduce_add_ps(a); }
+// The sums of four vectors, each added up in the same order.
+inline __m128 four_sums(V a, V b, V c, V d) {
+  const V ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const V cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+  const V lanes = add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+}
+// p[i] (+)= sums[i] for i < n
+inline void add_sums(__m128 sums, int n, float* p, bool accumulate) {
+  const auto lanes = static_cast<__mmask8>((1 << n) - 1);
+  if (accumulate) sums = _mm_add_ps(sums, _mm_maskz_loadu_ps(lanes, p));
+  _mm_mask_storeu_ps(p, lanes, sums);
+}
 // The constant stands first: these instructions return the second operand when either is not a number.
 inline V clamp(V x, float low, float high) { return _mm512_min_ps(set1(high), _mm512_max_ps(set1(low), x)); }
 inline V nearest(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

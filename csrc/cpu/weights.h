@@ -21,6 +21,12 @@ inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 // Elements of a strip: 16 KiB of bfloat16.
 constexpr int64_t kStrip = 8192;
 
+// Memory that something will read: `rows` stretches of `bytes`, `step` apart.
+struct Area {
+  const char* at = nullptr;
+  int64_t rows = 0, bytes = 0, step = 0;
+};
+
 // A matrix, or the part of one that starts at (row, column).
 template <class E>
 struct Weight {
@@ -43,6 +49,10 @@ struct Weight {
   }
   // Bytes between rows.
   int64_t bytes() const { return stored() ? ld * static_cast<int64_t>(sizeof(T)) : ld; }
+  // Rows [r, r + rows), columns [c, c + columns); both more than none.
+  Area area(int64_t r, int64_t rows, int64_t c, int64_t columns) const {
+    return {byte(r, c), rows, byte(r, c + columns - 1) + 1 - byte(r, c), bytes()};
+  }
   float scale(int64_t r, int64_t group) const { return widen(scales[(row + r) * scales_ld + group]); }
 
   // out[i] = element (r, c + i) for i < n, with column + c a multiple of 2 W.

@@ -22,6 +22,8 @@ from flex_kernels.quantize import KINDS, Quantized
 PARTS = 8
 FEWEST_ROWS = 64
 MOST_ROWS = 2048
+# Rows of an expert up to which the reading of its weights outweighs arithmetic.
+FEW_ROWS = 32
 # Last-level cache where the system does not tell.
 USUAL_CACHE = 16 << 20
 
@@ -85,7 +87,7 @@ def bytes_read_twice(group: Group) -> int:
     Zero where it does not (``gate_up`` is read for z and again for dx), where arithmetic outweighs reading
     (many rows), and where the cache cannot hold them anyway.
     """
-    if group.preact_n2I is not None or group.rows > ops.kernels.THIN_ROWS:
+    if group.preact_n2I is not None or group.rows > FEW_ROWS:
         return 0
     size = group.gate_up_2IH.nbytes + group.down_HI.nbytes
     return size if size < cache_bytes() else 0

@@ -23,6 +23,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SEGMENT_WORDS: int = _cpu_ops.SEGMENT_WORDS
 PARTIAL_COLUMNS: int = _cpu_ops.PARTIAL_COLUMNS
 THIN_ROWS: int = _cpu_ops.THIN_ROWS
+THIN_CODE_ROWS: int = _cpu_ops.THIN_CODE_ROWS
+BLOCK_ROWS: int = _cpu_ops.BLOCK_ROWS
 HIDDEN_UNIT: int = _cpu_ops.HIDDEN_UNIT
 
 fused = _cpu_ops.fused

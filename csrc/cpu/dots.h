@@ -1,0 +1,217 @@
+// Products with rows of the weight, for the vector ISAs: C [rows, columns] = A W^T, the weight contiguous along the
+// reduced dimension as A is. Both operands are read in vectors of that dimension, so nothing is transposed: a sum is a
+// vector until its end, where four are added up together.
+//
+// A few weight rows, which stay in the first-level cache, meet groups of A's rows one after another. A's rows are
+// packed so that a group is one stretch of memory: a core reads it from the second-level cache at the pace of its
+// multiplications. Include products.h first.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace {
+
+using flex::kBlockRows;
+using flex::kDotWords;
+
+// Weight rows and rows of A at a time: kDotColumns * kGroupRows sums, a group's words and one of the weight fit in the
+// registers.
+constexpr int kDotColumns = W == 16 ? 6 : 4, kGroupRows = W == 16 ? 4 : 3;
+
+// Rows of one weight, or of two of one shape, each a column of a product; a part's columns are taken in even strips.
+template <class E>
+struct WeightRows {
+  using P = Packing<E>;
+  Weight<E> part[2];
+  int parts = 0;
+  int64_t columns = 0, k = 0;
+  // Elements of the reduced dimension at a time: strips fit in the first-level cache. It fixes the order of a sum, so
+  // it depends on k alone.
+  int64_t block = 1;
+
+  WeightRows() = default;
+  WeightRows(const Weight<E>& weight, int64_t columns, int64_t k) : part{weight, weight}, parts(1), columns(columns), k(k) {
+    const int64_t words = pieces(k, P::kPerWord), blocks = pieces(words, kDotWords);
+    if (blocks) block = pieces(pieces(words, blocks), 32) * 32 * P::kPerWord;
+  }
+  // With a second part: the rows from `second` on.
+  WeightRows with(const Weight<E>& second) const {
+    WeightRows both = *this;
+    both.part[both.parts++] = second;
+    return both;
+  }
+
+  int64_t strips() const { return pieces(columns, kDotColumns); }
+  int64_t first_of(int64_t strip) const { return columns * strip / strips(); }
+
+  // What strip `strip`, counted over all parts, reads of the block from k0 on.
+  Area area(int64_t strip, int64_t k0) const {
+    const int64_t length = smaller(block, k - k0);
+    if (!parts || length < 1) return {};
+    const int64_t own = strip % strips(), row = first_of(own);
+    const Weight<E>& weight = part[strip / strips()];
+    return weight.area(row, first_of(own + 1) - row, k0, length);
+  }
+};
+
+// c[m, r] (+)= <a[m], weight row r> for R rows of the weight; a holds M rows as pack_groups leaves them.
+template <class E, int R, int M>
+void dots(const typename E::T* weight, int64_t ld, int64_t length, const float* a, float* c, int64_t ldc,
+          bool accumulate, Ahead& shared) {
+  using P = Packing<E>;
+  constexpr int kStep = W * P::kPerWord;
+  Ahead ahead = shared;
+  V sums[R][M];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) sums[r][m] = set1(0.0f);
+  // Two pointers and ld reach every row with what an x86 address can add up.
+  const typename E::T* rows[2] = {weight, weight + 3 * ld};
+  const auto step = [&](int n) __attribute__((always_inline)) {
+    V words[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) words[m] = Float32::load(a + m * W);
+    a += M * W;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const V word = P::load_words(rows[r / 3] + r % 3 * ld, n);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) sums[r][m] = P::multiply_add(words[m], word, sums[r][m]);
+    }
+    rows[0] += kStep;
+    rows[1] += kStep;
+  };
+  for (int64_t i = length / kStep; i > 0; --i) {
+    ahead.some();
+    step(kStep);
+  }
+  if (length % kStep) step(static_cast<int>(length % kStep));
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int r = 0; r < R; r += 4) {
+      const auto of = [&](int i) __attribute__((always_inline)) { return i < R ? sums[i][m] : set1(0.0f); };
+      add_sums(four_sums(of(r), of(r + 1), of(r + 2), of(r + 3)), R - r < 4 ? R - r : 4, c + m * ldc + r, accumulate);
+    }
+  shared = ahead;
+}
+
+template <class E>
+struct Dots {
+  using Function = void (*)(const typename E::T*, int64_t, int64_t, const float*, float*, int64_t, bool, Ahead&);
+
+  template <int R>
+  static Function of_group(int group) {
+    static const Function table[] = {
+        dots<E, R, 1>, dots<E, R, 2>, dots<E, R, 3>,
+#if defined(__AVX512F__)
+        dots<E, R, 4>,
+#endif
+    };
+    return table[group - 1];
+  }
+
+  static Function of(int columns, int group) {
+    switch (columns) {
+      case 1: return of_group<1>(group);
+      case 2: return of_group<2>(group);
+      case 3: return of_group<3>(group);
+#if defined(__AVX512F__)
+      case 4: return of_group<4>(group);
+      case 5: return of_group<5>(group);
+      default: return of_group<6>(group);
+#else
+      default: return of_group<4>(group);
+#endif
+    }
+  }
+};
+
+// Words of a row of `length` elements, in whole vectors.
+template <class P>
+inline int64_t whole_words(int64_t length) { return pieces(pieces(length, P::kPerWord), W) * W; }
+
+// The words of elements [c, c + n) of weight row r.
+template <class E>
+inline void row_words(const Weight<E>& weight, int64_t r, int64_t c, int64_t n, typename Packing<E>::Word::T* out) {
+  using P = Packing<E>;
+  if constexpr (P::kStoredWords) {
+    weight.decode(r, c, n, out);
+  } else if (weight.stored()) {
+    P::pack_row(weight.at(r, c), n, out);
+  } else {
+    alignas(64) typename E::T row[kDotWords * P::kPerWord];
+    weight.decode(r, c, n, row);
+    P::pack_row(row, n, out);
+  }
+}
+
+// Rows of A in groups: [group][vector of words][row of the group]; row r is `base + (index ? index[r] : r) * lda`.
+template <class E>
+void pack_groups(const typename E::T* base, int64_t lda, const int32_t* index, int64_t rows, int64_t length,
+                 float* out) {
+  using P = Packing<E>;
+  constexpr int64_t kStep = W * P::kPerWord;
+  evenly(rows, kGroupRows, [&](int64_t r, int64_t some) {
+    const typename E::T* from[kGroupRows];
+    for (int64_t i = 0; i < some; ++i) from[i] = base + (index ? index[r + i] : r + i) * lda;
+    for (int64_t k = 0; k < length; k += kStep)
+      for (int64_t i = 0; i < some; ++i, out += W)
+        Float32::store(out, P::load_words(from[i] + k, static_cast<int>(smaller(kStep, length - k))));
+  });
+}
+
+// The product for codes and few rows, where codes can be used as they are; false where they are to be decoded in strips.
+template <class E>
+bool code_dots(const typename E::T*, int64_t, const int32_t*, int64_t, const WeightRows<E>&, float*, int64_t, int64_t,
+               const Workspace&) {
+  return false;
+}
+
+// C [rows, columns] = A W^T, part p of the weight from column p * apart of C on; row r of A is
+// `base + (index ? index[r] : r) * lda`. `coming`: what the next product reads first.
+template <class E>
+void dot_product(const typename E::T* base, int64_t lda, const int32_t* index, int64_t rows,
+                 const WeightRows<E>& weights, float* c, int64_t ldc, int64_t apart, const Workspace& work,
+                 const Area& coming) {
+  using P = Packing<E>;
+  using S = typename P::Word;
+  if (!weights.part[0].stored() && code_dots<E>(base, lda, index, rows, weights, c, ldc, apart, work)) return;
+  const int64_t strips = weights.strips(), all = weights.parts * strips;
+  alignas(64) typename S::T strip[kDotColumns * kDotWords * P::kPerWord];
+  evenly(rows, kBlockRows, [&](int64_t first_row, int64_t some) {
+    for (int64_t k0 = 0; k0 < weights.k; k0 += weights.block) {
+      const int64_t length = smaller(weights.block, weights.k - k0), words = whole_words<P>(length);
+      pack_groups<E>(index ? base + k0 : base + first_row * lda + k0, lda, index ? index + first_row : nullptr, some,
+                     length, work.a);
+      const int64_t slots = pieces(some, kGroupRows) * (words / W), next = k0 + weights.block;
+      for (int64_t s = 0; s < all; ++s) {
+        const Weight<E>& weight = weights.part[s / strips];
+        const int64_t j = weights.first_of(s % strips), count = weights.first_of(s % strips + 1) - j;
+        Ahead ahead(s + 1 < all                      ? weights.area(s + 1, k0)
+                    : next < weights.k               ? weights.area(0, next)
+                    : first_row + some < rows        ? weights.area(0, 0)
+                                                     : coming,
+                    slots);
+        float* to = c + first_row * ldc + s / strips * apart + j;
+        const auto each_group = [&](auto* from, int64_t ld, auto kernel_of) {
+          evenly(some, kGroupRows, [&](int64_t r, int64_t group) {
+            kernel_of(static_cast<int>(count), static_cast<int>(group))(from, ld, length, work.a + r * words,
+                                                                        to + r * ldc, ldc, k0 > 0, ahead);
+          });
+        };
+        // Elements that are words as stored are used where they lie, others where they are used once.
+        if (weight.stored() && (P::kStoredWords || some <= kGroupRows)) {
+          each_group(weight.at(j, k0), weight.ld, Dots<E>::of);
+          continue;
+        }
+        const int64_t ld = words * (sizeof(float) / sizeof(typename S::T));
+        for (int64_t r = 0; r < count; ++r) row_words<E>(weight, j + r, k0, length, strip + r * ld);
+        each_group(static_cast<const typename S::T*>(strip), ld, Dots<S>::of);
+      }
+    }
+  });
+}
+
+}  // namespace
