@@ -1,8 +1,9 @@
-"""An ESTIMATE of the AMX kernels' times on two cores. Nothing here was measured on them: they have never run on AMX.
+"""An ESTIMATE of the AMX kernels' times on two cores. Nothing was measured: they have never run on AMX.
 
-Adds up cycles of the compiled loops and bytes of memory, by the rates of a machine that others measured. Two ends of
-a range: memory and tiles wait for each other in full, or one hides in the other. Time outside the products (routing,
-starting threads, sums of tokens that leave the cache) is not in it.
+Adds up cycles of the compiled loops and bytes of memory, by the rates measured on a prototype of such a
+machine. Two ends of a range: memory and tiles wait for each other in full, or one hides in the other. Not in
+it: routing, starting threads, weights read again that the last-level cache does not hold, and sums of tokens
+that leave it.
 
 Letters: T tokens, H hidden, E experts, K chosen, I expert width, n rows of one expert.
 
@@ -40,32 +41,35 @@ class Machine:
 
 @dataclass(frozen=True)
 class Loops:
-    """Cycles from llvm-mca 22 (sapphirerapids) on GCC 12's code for the kernels. Its model knows no AMX, so tile
-    instructions stand in as loads, stores and shuffles at Intel's rates: a load of a tile 8 cycles, a store 16, a
-    product 16 and 52 until its sum is there. Lines come from the first-level cache."""
+    """Cycles of the loops that GCC 12 makes of the kernels, by llvm-mca 22, with all lines in the first-level
+    cache.
+
+    The first four: model sapphirerapids. It knows no tile instructions, so loads, stores and shuffles stand
+    in for them at the rates that Intel gives: a load of a tile 8 cycles, a store 16, a product 16 and 52
+    until its sum is there. The others: model icelake-server, where 512-bit arithmetic has a server's ports.
+    """
 
     step_of_four: float = 64.6  # a step of 2 x 2 tiles: bound by the products
     step_of_two: float = 52.9  # 2 x 1 or 1 x 2 tiles: bound by the wait for a sum
     call_of_four: float = 584.0  # eight steps with sums loaded before and stored after
     call_of_two: float = 513.0
-    copy: float = 40.0  # a weight tile [16, 32] into a strip
-    interleave: float = 40.0  # the same in pairs of rows
-    decode: tuple[tuple[str, float, float], ...] = (("int8", 99.0, 128.0), ("nf4", 70.0, 104.0))  # likewise
-    transpose: float = 64.0  # a tile of x: 64 shuffles on one port
-    pack: float = 40.0  # a tile of dy or dz, copied
-    swiglu: float = 340.0  # 16 x 16 hidden values: two divisions each two columns
-    preact: float = 192.0  # 16 x 16 of gate and of up, turned and written
-    swiglu_backward: float = 640.0
-    turn_z: float = 128.0  # 16 x 16 recomputed pre-activations, gate and up
-    add_output: float = 112.0  # 16 x 16 sums of `down`, turned and added to the output
-    add_dx: float = 88.0
+    copy: float = 37.0  # a tile of weights [16, 32] into a strip
+    interleave: float = 44.0  # the same in pairs of rows
+    int8: tuple[float, float] = (70.0, 101.0)  # both from codes
+    nf4: tuple[float, float] = (72.0, 94.0)
+    transpose: float = 64.0  # a tile of x [16, 32]: bound by its 64 shuffles
+    pack: float = 37.0  # a tile of dy or dz, copied
+    swiglu: float = 354.0  # [16, 16] hidden values: bound by the divisions
+    preact: float = 166.0  # [16, 16] of gate and of up, turned and written
+    swiglu_backward: float = 795.0  # the same bound
+    turn_z: float = 128.0  # [16, 16] of gate and of up recomputed: bound by shuffles
+    add_output: float = 120.0  # [16, 16] sums of `down`, turned and added to the output
+    add_dx: float = 65.0
 
     def strip(self, weights: str, paired: bool) -> float:
         """Cycles to bring a weight tile into a strip."""
-        for name, rows, pairs in self.decode:
-            if name == weights:
-                return pairs if paired else rows
-        return self.interleave if paired else self.copy
+        cycles = {"bf16": (self.copy, self.interleave), "int8": self.int8, "nf4": self.nf4}[weights]
+        return cycles[paired]
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,7 @@ class Parts:
     memory: float = 0.0
 
     def __add__(self, other: Parts) -> Parts:
-        return Parts(
-            self.products + other.products, self.around + other.around, self.memory + other.memory
-        )
+        return Parts(self.products + other.products, self.around + other.around, self.memory + other.memory)
 
     @property
     def tiles(self) -> float:
@@ -121,9 +123,11 @@ def blocks(rows: int) -> list[int]:
     return [min(BLOCK_ROWS, rows - start) for start in range(0, rows, BLOCK_ROWS)]
 
 
-def product_cycles(rows: int, strips: int, depth: int, direct: bool, loops: Loops, efficiency: float) -> float:
-    """Cycles in products of `rows` rows with `strips` strips of 32, reduced over `depth`. ``direct``: sums stay in
-    registers where 32 rows are all."""
+def product_cycles(
+    rows: int, strips: int, depth: int, direct: bool, loops: Loops, efficiency: float
+) -> float:
+    """Cycles in products of ``rows`` rows with ``strips`` strips of 32, reduced over ``depth``. ``direct``:
+    sums stay in registers where 32 rows are all."""
     steps = math.ceil(depth / STEP)
     total = 0.0
     for block in blocks(rows):
@@ -163,7 +167,9 @@ def expert_cycles(
     up = run(2 * I // PAIR, H, plain)
     if part in ("forward", "preact"):
         around = strip(3, False) + math.ceil(I / 1024) * of_x * loops.transpose
-        around += hidden * (loops.swiglu + (loops.preact if part == "preact" else 0.0)) + out * loops.add_output
+        around += (
+            hidden * (loops.swiglu + (loops.preact if part == "preact" else 0.0)) + out * loops.add_output
+        )
         return up + run(H // PAIR, I, plain), around
     products = run(I // PAIR, H, False) + run(H // PAIR, 2 * I, False)
     around = strip(3, True) + hidden * loops.swiglu_backward + out * loops.add_dx
@@ -190,8 +196,8 @@ def kernels(
     machine: Machine | None = None,
     loops: Loops | None = None,
 ) -> Parts:
-    """The estimate of one part for all experts, rows in bf16. Of activations, what must cross the bus once: x or dy
-    and x, the float32 sums and the result."""
+    """The estimate of one part for all experts, rows in bf16. Of activations, what must cross the bus once:
+    x or dy and x, the float32 sums and the result, and z where it is kept."""
     machine, loops = machine or Machine(), loops or Loops()
     products = around = moved = 0.0
     for rows, chance in row_probabilities(layer, tokens).items():
@@ -210,8 +216,8 @@ def kernels(
 
 
 QWEN = Layer("Qwen1.5-MoE-A2.7B, routed experts", 2048, 1408, 60, 4)
-# Milliseconds of the better of eager and grouped_mm, forward and forward + backward, and of the prototype (forward,
-# forward + backward), and the least ratios to reach: all from issue 3. T=256 has no times there.
+# Milliseconds, forward and forward + backward, of the better of eager and grouped_mm and of the prototype,
+# and the least ratios to reach: all from issue 3, which has no times for T=256.
 TRANSFORMERS = {64: (60, 158), 1024: (129, 324), 2048: (170, 506), 8192: (540, 1895)}
 PROTOTYPE = {64: (34, 71), 1024: (49, 117), 2048: (73, 169), 8192: (263, 581)}
 MUST = {64: (1.7, 2.2), 256: (1.9, 2.2), 1024: (2.6, 2.7), 2048: (2.3, 2.9), 8192: (2.0, 3.2)}
@@ -224,7 +230,8 @@ def line(weights: str, tokens: int, what: str, parts: Parts, both: bool) -> str:
     text += f" | {ms[3]:.0f} to {ms[4]:.0f} | "
     if tokens in TRANSFORMERS:
         reference = TRANSFORMERS[tokens][both]
-        text += f"{reference / ms[4]:.1f} to {reference / ms[3]:.1f}, {reference / (1e3 * parts.middle):.1f}"
+        ratios = [reference / t for t in (ms[4], ms[3], 1e3 * parts.middle)]
+        text += "{:.2f} to {:.2f}; {:.2f}".format(*ratios)
     must = MUST_CODES[weights] if weights in MUST_CODES else MUST[tokens]
     prototype = PROTOTYPE[tokens][both] if weights == "bf16" and tokens in PROTOTYPE else ""
     return f"{text} | {must[both]} | {prototype} |"
@@ -232,8 +239,9 @@ def line(weights: str, tokens: int, what: str, parts: Parts, both: bool) -> str:
 
 def main() -> None:
     print("ESTIMATE: nothing below was measured on these kernels.")
-    print("Milliseconds on 2 cores; ratios to transformers' times (issue 3): worst to best, middle.\n")
-    print("| weights | T | | memory | products | around | time | ratio | must | prototype |")
+    print("Milliseconds on 2 cores; ratios to transformers' times (issue 3): longest, shortest and")
+    print("middle time.\n")
+    print("| weights | T | | memory | products | other work | time | ratio; middle | must | prototype |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for weights, many in (("bf16", list(MUST)), ("int8", [64]), ("nf4", [64])):
         for tokens in many:

@@ -267,10 +267,11 @@ inline void pack_strip_in_pairs(const Weight<BFloat16>& weight, int columns, int
   if (!weight.stored()) {
     decode_pairs(weight, columns, length, put);
   } else {
-    for (int64_t k = 0; k < length; k += 2) {
+    const Word* row = weight.at(0, 0);
+    const int64_t ld = weight.ld;
+    for (int64_t k = 0; k < length; k += 2, row += 2 * ld) {
       V low, high;
-      Packing<BFloat16>::plain_words(weight.at(k, 0), k + 1 < length ? weight.at(k + 1, 0) : nullptr, columns, low,
-                                     high);
+      Packing<BFloat16>::plain_words(row, k + 1 < length ? row + ld : nullptr, columns, low, high);
       put(k, low, high);
     }
   }
