@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from benchmarks.roofline import Layer
 
 ROW_TILE, PAIR, STEP, DEPTH, BLOCK_ROWS = 16, 32, 32, 256, 256  # as in csrc/cpu/tile_products.h
-TILE_PRODUCT = 16  # cycles of one TDPBF16PS where they follow each other; 52 until its sum is there (Intel)
+TILE_PRODUCT = 16  # cycles of one TDPBF16PS where they follow each other; 52 until its sum is there
 THIN_ROWS = 32  # up to here backward's second reading of gate_up comes from the last-level cache (fused.py)
 STORED_BITS = {"bf16": 16.0, "int8": 8.0, "nf4": 4.25}
 
@@ -45,8 +45,8 @@ class Loops:
     cache.
 
     The first four: model sapphirerapids. It knows no tile instructions, so loads, stores and shuffles stand
-    in for them at the rates that Intel gives: a load of a tile 8 cycles, a store 16, a product 16 and 52
-    until its sum is there. The others: model icelake-server, where 512-bit arithmetic has a server's ports.
+    in for them at rates taken as known: a load of a tile 8 cycles, a store 16, a product 16 and 52 until its
+    sum is there. The others: model icelake-server, where 512-bit arithmetic has a server's ports.
     """
 
     step_of_four: float = 64.6  # a step of 2 x 2 tiles: bound by the products
