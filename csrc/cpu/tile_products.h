@@ -8,7 +8,7 @@
 // gemm.h (whose words and packing these are) and tiles.h first.
 #pragma once
 
-#include "cpu/kernels.h"
+#include "cpu/tile_codes.h"
 
 namespace {
 
@@ -226,14 +226,26 @@ inline TileRows pack_rows_in_pairs(const Word* base, int64_t ld, const int32_t* 
   return packed;
 }
 
+// Memory must not rest while a strip is packed either: a share of what comes next is fetched every few rows, as far
+// apart in time as the steps of multiply_tiles.
+constexpr int64_t kStoredRowsAFetch = 4;   // of 256 columns; codes: every row
+constexpr int64_t kPairedRowsAFetch = 16;  // of 32 columns
+
+// Calls of fetch() in pack_strip and in pack_strip_in_pairs.
+inline int64_t strip_fetches(const Weight<BFloat16>& weight) {
+  return weight.stored() ? tiles::kRows / kStoredRowsAFetch : tiles::kRows;
+}
+inline int64_t paired_fetches(int64_t length) { return pieces(length, kPairedRowsAFetch); }
+
 // Up to 16 weight rows, columns [k0, k0 + length), as A's tiles kTilePair rows a step; rows that do not exist are
 // zeros. `length` is at most kTileDepth.
-inline void pack_strip(const Weight<BFloat16>& weight, int64_t rows, int64_t k0, int64_t length, Word* out) {
-  alignas(64) Word decoded[kTileDepth];
-  for (int64_t r = 0; r < tiles::kRows; ++r) {
-    const Word* from = decoded;
-    if (weight.stored()) from = weight.at(r, k0);
-    else if (r < rows) weight.decode(r, k0, length, decoded);
+inline void pack_strip(const Weight<BFloat16>& weight, int64_t rows, int64_t k0, int64_t length, Word* out,
+                       TileAhead& ahead) {
+  const int64_t decoded = weight.stored() ? 0 : smaller(rows, tiles::kRows);
+  if (decoded > 0) decode_rows(weight, decoded, k0, length, out, 2 * kTileElements, [&] { ahead.fetch(); });
+  for (int64_t r = decoded; r < tiles::kRows; ++r) {
+    if (r % kStoredRowsAFetch == 0) ahead.fetch();
+    const Word* from = weight.at(r, k0);
     Word* to = out + r * kTileStep;
     for (int64_t k = 0; k < length; k += kTileStep, to += 2 * kTileElements)
       _mm512_storeu_si512(to, r < rows ? Packing<BFloat16>::words(from + k,
@@ -244,25 +256,26 @@ inline void pack_strip(const Weight<BFloat16>& weight, int64_t rows, int64_t k0,
 
 // `length` weight rows of up to 32 columns as pairs of B's tiles, zeros after the last row. The columns of the two
 // tiles are in the order of Packing::plain_words, which Packing::settle undoes in the sums.
-inline void pack_strip_in_pairs(const Weight<BFloat16>& weight, int columns, int64_t length, Word* out) {
-  alignas(64) Word decoded[2][kTilePair];
-  for (int64_t k = 0; k < rounded(length, kTileStep); k += 2) {
-    V low = set1(0.0f), high = low;
-    if (k < length) {
-      const bool both = k + 1 < length;
-      const Word *row = decoded[0], *next = decoded[1];
-      if (weight.stored()) {
-        row = weight.at(k, 0), next = row + weight.ld;
-      } else {
-        weight.decode(k, 0, columns, decoded[0]);
-        if (both) weight.decode(k + 1, 0, columns, decoded[1]);
-      }
-      Packing<BFloat16>::plain_words(row, both ? next : nullptr, columns, low, high);
-    }
+inline void pack_strip_in_pairs(const Weight<BFloat16>& weight, int columns, int64_t length, Word* out,
+                                TileAhead& ahead) {
+  const auto put = [&](int64_t k, V low, V high) {
+    if (k % kPairedRowsAFetch == 0) ahead.fetch();
     Word* to = out + k / kTileStep * 2 * kTileElements + k % kTileStep * tiles::kRows;
     _mm512_storeu_ps(to, low);
     _mm512_storeu_ps(to + kTileElements, high);
+  };
+  if (!weight.stored()) {
+    decode_pairs(weight, columns, length, put);
+  } else {
+    const Word* row = weight.at(0, 0);
+    const int64_t ld = weight.ld;
+    for (int64_t k = 0; k < length; k += 2, row += 2 * ld) {
+      V low, high;
+      Packing<BFloat16>::plain_words(row, k + 1 < length ? row + ld : nullptr, columns, low, high);
+      put(k, low, high);
+    }
   }
+  for (int64_t k = rounded(length, 2); k < rounded(length, kTileStep); k += 2) put(k, set1(0.0f), set1(0.0f));
 }
 
 // Two tiles of rows of a weight.
@@ -303,12 +316,12 @@ inline void across(const TileStrip& strip, const TileStrip* next, int64_t begin,
   }
   for (; k < end; k += kTileDepth) {
     const int64_t length = smaller(kTileDepth, end - k), steps = pieces(length, kTileStep);
+    TileAhead ahead = ahead_of(k, length, m * strip_fetches(strip.first[0]) + steps * x.pairs());
     for (int tile = 0; tile < m; ++tile)
-      pack_strip(strip.first[tile], strip.rows[tile], k, length, weight + tile * kTileElements);
+      pack_strip(strip.first[tile], strip.rows[tile], k, length, weight + tile * kTileElements, ahead);
     const char* at = reinterpret_cast<const char*>(weight);
     const TileRun a[2] = {{at, 4 * kTileElements, tiles::kBytesARow},
                           {at + 2 * kTileElements, 4 * kTileElements, tiles::kBytesARow}};
-    TileAhead ahead = ahead_of(k, length, steps * x.pairs());
     for (int64_t pair = 0; pair < x.pairs(); ++pair) {
       TileRun b[2];
       rows_of(pair, k / kTileStep, b);
@@ -333,14 +346,15 @@ inline void along(const Word* base, int64_t lda, const int32_t* index, int64_t r
     const TileRows packed = pack_rows(base + k0, lda, index, rows, length, work.rows);
     float* to = sums;
     for (int64_t j = 0; j < columns; j += kTilePair) {
-      pack_strip_in_pairs(weight.from(k0, j), static_cast<int>(smaller(kTilePair, columns - j)), length, work.weight);
       const int64_t group = j / kGroupColumns * kGroupColumns + kGroupColumns;
       const bool wrap = group >= columns;
       const int64_t row = (wrap ? k0 + kTileDepth : k0) + j % kGroupColumns / kTilePair * kQuarter;
       const int64_t column = wrap ? 0 : group, end = wrap ? k : k0 + length;
       const TileRegion next(weight.from(row, column), smaller(kQuarter, end - row),
                             smaller(kGroupColumns, columns - column));
-      TileAhead ahead(next, TileRegion(), packed.steps * packed.pairs());
+      TileAhead ahead(next, TileRegion(), paired_fetches(length) + packed.steps * packed.pairs());
+      pack_strip_in_pairs(weight.from(k0, j), static_cast<int>(smaller(kTilePair, columns - j)), length, work.weight,
+                          ahead);
       for (int64_t pair = 0; pair < packed.pairs(); ++pair, to += 4 * kTileSums) {
         TileRun a[2];
         a[0] = packed.run(pair, 0, 0);
