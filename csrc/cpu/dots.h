@@ -17,23 +17,17 @@ using flex::kDotWords;
 // Weight rows and rows of A at a time: kDotColumns * kGroupRows sums, a group's words and one of the weight fit in the
 // registers.
 constexpr int kDotColumns = W == 16 ? 6 : 4, kGroupRows = W == 16 ? 4 : 3;
+// So few rows of A that the bound is the reading of weights.
+constexpr int kOnceRows = W == 16 ? kGroupRows : 2 * kGroupRows;
 
 // Rows of one weight, or of two of one shape, each a column of a product; a part's columns are taken in even strips.
 template <class E>
 struct WeightRows {
-  using P = Packing<E>;
   Weight<E> part[2];
-  int parts = 0;
+  int parts = 1;
   int64_t columns = 0, k = 0;
-  // Elements of the reduced dimension at a time: strips fit in the first-level cache. It fixes the order of a sum, so
-  // it depends on k alone.
-  int64_t block = 1;
 
-  WeightRows() = default;
-  WeightRows(const Weight<E>& weight, int64_t columns, int64_t k) : part{weight, weight}, parts(1), columns(columns), k(k) {
-    const int64_t words = pieces(k, P::kPerWord), blocks = pieces(words, kDotWords);
-    if (blocks) block = pieces(pieces(words, blocks), 32) * 32 * P::kPerWord;
-  }
+  WeightRows(const Weight<E>& weight, int64_t columns, int64_t k) : part{weight, weight}, columns(columns), k(k) {}
   // With a second part: the rows from `second` on.
   WeightRows with(const Weight<E>& second) const {
     WeightRows both = *this;
@@ -44,14 +38,12 @@ struct WeightRows {
   int64_t strips() const { return pieces(columns, kDotColumns); }
   int64_t first_of(int64_t strip) const { return columns * strip / strips(); }
 
-  // What strip `strip`, counted over all parts, reads of the block from k0 on.
-  Area area(int64_t strip, int64_t k0) const {
-    const int64_t length = smaller(block, k - k0);
-    if (!parts || length < 1) return {};
+  // What strip `strip`, counted over all parts, reads of the `length` elements from k0 on.
+  Area area(int64_t strip, int64_t k0, int64_t length) const {
     const int64_t own = strip % strips(), row = first_of(own);
-    const Weight<E>& weight = part[strip / strips()];
-    return weight.area(row, first_of(own + 1) - row, k0, length);
+    return part[strip / strips()].area(row, first_of(own + 1) - row, k0, length);
   }
+  Area first_area() const { return area(0, 0, smaller(k, kDotWords * Packing<E>::kPerWord)); }
 };
 
 // c[m, r] (+)= <a[m], weight row r> for R rows of the weight; a holds M rows as pack_groups leaves them.
@@ -87,13 +79,26 @@ void dots(const typename E::T* weight, int64_t ld, int64_t length, const float* 
     step(kStep);
   }
   if (length % kStep) step(static_cast<int>(length % kStep));
+  const auto of = [&](int r, int m) __attribute__((always_inline)) { return r < R && m < M ? sums[r][m] : set1(0.0f); };
+  constexpr int kWhole = R / 4 * 4, kRest = R - kWhole;
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-    for (int r = 0; r < R; r += 4) {
-      const auto of = [&](int i) __attribute__((always_inline)) { return i < R ? sums[i][m] : set1(0.0f); };
-      add_sums(four_sums(of(r), of(r + 1), of(r + 2), of(r + 3)), R - r < 4 ? R - r : 4, c + m * ldc + r, accumulate);
+    if (kWhole) add_sums(four_sums(of(0, m), of(1, m), of(2, m), of(3, m)), 4, c + m * ldc, accumulate);
+  if (kRest == 3) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+      add_sums(four_sums(of(kWhole, m), of(kWhole + 1, m), of(kWhole + 2, m), set1(0.0f)), 3, c + m * ldc + kWhole,
+               accumulate);
+  } else if (kRest) {
+    // Two rows of A at a time.
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m += 2) {
+      const __m128 pairs =
+          four_sums(of(kWhole, m), of(kWhole + kRest - 1, m), of(kWhole, m + 1), of(kWhole + kRest - 1, m + 1));
+      add_sums(pairs, kRest, c + m * ldc + kWhole, accumulate);
+      if (m + 1 < M) add_sums(_mm_movehl_ps(pairs, pairs), kRest, c + (m + 1) * ldc + kWhole, accumulate);
     }
+  }
   shared = ahead;
 }
 
@@ -179,20 +184,26 @@ void dot_product(const typename E::T* base, int64_t lda, const int32_t* index, i
   using S = typename P::Word;
   if (!weights.part[0].stored() && code_dots<E>(base, lda, index, rows, weights, c, ldc, apart, work)) return;
   const int64_t strips = weights.strips(), all = weights.parts * strips;
+  // Elements of the reduced dimension at a time. Strips stay in the first-level cache for the next group of rows; where
+  // there is none, they are read in stretches as long as the rows of A have room for. It fixes the order of a sum, so it may
+  // not depend on threads.
+  const bool once = rows <= kOnceRows && weights.part[0].stored();
+  const int64_t most = once ? work.room / rows / 32 * 32 : kDotWords, every = pieces(weights.k, P::kPerWord);
+  const int64_t block = pieces(pieces(every, pieces(every, most)), 32) * 32 * P::kPerWord;
   alignas(64) typename S::T strip[kDotColumns * kDotWords * P::kPerWord];
   evenly(rows, kBlockRows, [&](int64_t first_row, int64_t some) {
-    for (int64_t k0 = 0; k0 < weights.k; k0 += weights.block) {
-      const int64_t length = smaller(weights.block, weights.k - k0), words = whole_words<P>(length);
+    for (int64_t k0 = 0; k0 < weights.k; k0 += block) {
+      const int64_t length = smaller(block, weights.k - k0), words = whole_words<P>(length);
       pack_groups<E>(index ? base + k0 : base + first_row * lda + k0, lda, index ? index + first_row : nullptr, some,
                      length, work.a);
-      const int64_t slots = pieces(some, kGroupRows) * (words / W), next = k0 + weights.block;
+      const int64_t slots = pieces(some, kGroupRows) * (words / W), next = k0 + block;
       for (int64_t s = 0; s < all; ++s) {
         const Weight<E>& weight = weights.part[s / strips];
         const int64_t j = weights.first_of(s % strips), count = weights.first_of(s % strips + 1) - j;
-        Ahead ahead(s + 1 < all                      ? weights.area(s + 1, k0)
-                    : next < weights.k               ? weights.area(0, next)
-                    : first_row + some < rows        ? weights.area(0, 0)
-                                                     : coming,
+        Ahead ahead(s + 1 < all               ? weights.area(s + 1, k0, length)
+                    : next < weights.k        ? weights.area(0, next, smaller(block, weights.k - next))
+                    : first_row + some < rows ? weights.area(0, 0, smaller(block, weights.k))
+                                              : coming,
                     slots);
         float* to = c + first_row * ldc + s / strips * apart + j;
         const auto each_group = [&](auto* from, int64_t ld, auto kernel_of) {
@@ -201,8 +212,8 @@ void dot_product(const typename E::T* base, int64_t lda, const int32_t* index, i
                                                                         to + r * ldc, ldc, k0 > 0, ahead);
           });
         };
-        // Elements that are words as stored are used where they lie, others where they are used once.
-        if (weight.stored() && (P::kStoredWords || some <= kGroupRows)) {
+        // Elements that are words as stored are used where they lie, others where that is once.
+        if (once || (weight.stored() && P::kStoredWords)) {
           each_group(weight.at(j, k0), weight.ld, Dots<E>::of);
           continue;
         }

@@ -57,20 +57,6 @@ inline WeightRows<E> gate_and_up_rows(const Place& place, int64_t hidden) {
   return WeightRows<E>(gate, place.columns, hidden).with(gate.from(place.segment->width, 0));
 }
 
-// Hands out the numbers of a loop, one ahead of their use: who takes a task knows which will be its next.
-class Queue {
- public:
-  int64_t take() {
-    int64_t number;
-#pragma omp atomic capture
-    number = next_++;
-    return number;
-  }
-
- private:
-  int64_t next_ = 0;
-};
-
 // Both halves of z for a task: gate in columns [0, lifted) of c, up from column `lifted` on, `lifted` being the task's
 // columns in whole panels.
 template <class E>
@@ -92,13 +78,13 @@ void up(const void* x, int64_t hidden, const Segment* segments, int64_t count, v
 #pragma omp parallel num_threads(threads)
   {
     const Workspace work(scratch, bytes, thread_index(), hidden);
-    for (int64_t task = queue.take(), next; task < tasks; task = next) {
+    for (int64_t task = thread_index(), next; task < tasks; task = next) {
       next = queue.take();
       const Place place = grid.place(task, segments);
       const Segment& s = *place.segment;
       const int64_t columns = place.columns, lifted = pieces(columns, kPanelColumns) * kPanelColumns;
       const Area coming =
-          next < tasks ? gate_and_up_rows<E>(grid.place(next, segments), hidden).area(0, 0) : Area{};
+          next < tasks ? gate_and_up_rows<E>(grid.place(next, segments), hidden).first_area() : Area{};
       gate_and_up<E>(static_cast<const T*>(x), hidden, place, work.c, 2 * lifted, work, coming);
       for (int64_t r = 0; r < place.rows; ++r) {
         const float* gate = work.c + r * 2 * lifted;
@@ -132,7 +118,7 @@ void each_slice(int64_t hidden, int64_t width, void* scratch, int64_t bytes, int
 #pragma omp parallel num_threads(threads)
   {
     const Workspace work(scratch, bytes, thread_index(), most);
-    for (int64_t slice = queue.take(), next; slice < slices; slice = next) {
+    for (int64_t slice = thread_index(), next; slice < slices; slice = next) {
       next = queue.take();
       f(work, slice * width, smaller(width, hidden - slice * width), next < slices ? next * width : -1);
     }
@@ -169,12 +155,12 @@ void down(const Segment* segments, int64_t count, int64_t hidden, float* out, vo
                for (int64_t i = 0; i < count; ++i) {
                  const Segment& s = segments[i];
                  const WeightRows<E> own = rows_of(i, column);
-                 const Area coming = i + 1 < count ? rows_of(i + 1, column).area(0, 0)
-                                     : next >= 0   ? rows_of(0, next).area(0, 0)
+                 const Area coming = i + 1 < count ? rows_of(i + 1, column).first_area()
+                                     : next >= 0   ? rows_of(0, next).first_area()
                                                    : Area{};
                  evenly(s.rows, kBlockRows, [&](int64_t row, int64_t rows) {
                    dot_product<E>(address<const T>(s.hidden) + row * s.width, s.width, nullptr, rows, own, work.c, ldc,
-                                  0, work, row + rows < s.rows ? own.area(0, 0) : coming);
+                                  0, work, row + rows < s.rows ? own.first_area() : coming);
                    add_rows(work.c, ldc, rows, address<const int32_t>(s.tokens) + row,
                             address<const float>(s.scale) + row, out + column, hidden, columns);
                  });
@@ -247,13 +233,13 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
     return PackedCut::is_thin(*place.segment) ? Area{} : down_columns(place).area(0, 0);
   };
   const auto first_area = [&](const Place& place) {
-    return place.segment->preact ? down_area(place) : gate_and_up_rows<E>(place, hidden).area(0, 0);
+    return place.segment->preact ? down_area(place) : gate_and_up_rows<E>(place, hidden).first_area();
   };
   Queue queue;
 #pragma omp parallel num_threads(threads)
   {
     const Workspace work(scratch, bytes, thread_index(), hidden);
-    for (int64_t task = queue.take(), next; task < tasks; task = next) {
+    for (int64_t task = thread_index(), next; task < tasks; task = next) {
       next = queue.take();
       const Place place = grid.place(task, segments);
       const Segment& s = *place.segment;

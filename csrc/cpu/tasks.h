@@ -18,6 +18,30 @@ inline int thread_index() {
 #endif
 }
 
+// Threads at work in this region, which may be fewer than were asked for.
+inline int team_size() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
+// Hands out the numbers of a loop, one ahead of their use: who takes a task knows which will be its next. A thread
+// begins with the task of its own index, so that none takes two while another has none.
+class Queue {
+ public:
+  int64_t take() {
+    int64_t taken;
+#pragma omp atomic capture
+    taken = taken_++;
+    return team_size() + taken;
+  }
+
+ private:
+  int64_t taken_ = 0;
+};
+
 template <class T>
 inline T* address(int64_t word) { return reinterpret_cast<T*>(static_cast<uintptr_t>(word)); }
 
