@@ -78,23 +78,15 @@ class Nf4Encoder:
     def best_scales(self) -> Tensor:
         """The scale [N] bfloat16 of each group that leaves the least error of those tried."""
         largest_N = torch.abs(self.weight_NG, out=self.miss_NG).amax(-1)
+        unit_N = 1 / nonzero(largest_N)
         best_N, least_N = largest_N.bfloat16(), torch.full_like(largest_N, math.inf)
-
-        def compare(scales_N: Tensor, table: Tensor) -> None:
-            torch.gather(table.expand(len(scales_N), -1), 1, self.cell_NG, out=self.level_NG)
-            torch.sub(self.scaled_NG, self.level_NG, out=self.miss_NG)
-            # In units of the largest weight, whose square may not fit float32.
-            unit_N = (nonzero(scales_N) / nonzero(largest_N)).square_()
-            error_N = self.weighed(self.miss_NG.square_()) * unit_N
-            better_N = error_N < least_N
-            best_N.copy_(torch.where(better_N, scales_N, best_N))
-            least_N.copy_(torch.where(better_N, error_N, least_N))
-
         for multiple in MULTIPLES if self.importance_NG is None else MULTIPLES_OF_IMPORTANCE:
             scales_N = (largest_N * multiple).bfloat16()
             self.place(scales_N)
-            compare(scales_N, self.level)
-            compare(-scales_N, self.turned)
+            for signed_N, table in ((scales_N, self.level), (-scales_N, self.turned)):
+                error_N = self.error(table, scales_N, unit_N)
+                best_N = torch.where(error_N < least_N, signed_N, best_N)
+                least_N = torch.fmin(error_N, least_N)
         # With levels l held, |w - s l|^2 is least at s = <w, l> / <l, l> = s0 (1 + <w / s0 - l, l> / <l, l>).
         self.place(best_N)
         torch.gather(self.level.expand(len(best_N), -1), 1, self.cell_NG, out=self.level_NG)
@@ -102,14 +94,22 @@ class Nf4Encoder:
         length_N = self.weighed(self.level_NG.square_())
         scales_N = (best_N.float() * (1 + along_N / nonzero(length_N))).bfloat16()
         self.place(scales_N)
-        compare(scales_N, self.level)
-        return best_N
+        return torch.where(self.error(self.level, scales_N, unit_N) < least_N, scales_N, best_N)
 
     def place(self, scales_N: Tensor) -> None:
         """Divide the weights by their scales and find their cells."""
         torch.div(self.weight_NG, nonzero(scales_N)[:, None], out=self.scaled_NG)
         torch.mul(self.scaled_NG, CELLS, out=self.miss_NG)
         self.cell_NG.copy_(self.miss_NG.ceil_().clamp_(-CELLS, CELLS).add_(CELLS))
+
+    def error(self, table: Tensor, scales_N: Tensor, unit_N: Tensor) -> Tensor:
+        """Squared errors [N] of the levels that ``table`` has for the weights placed by ``scales_N``.
+
+        In units of 1 / unit_N, the largest weight, whose square may not fit float32.
+        """
+        torch.gather(table.expand(len(scales_N), -1), 1, self.cell_NG, out=self.level_NG)
+        torch.sub(self.scaled_NG, self.level_NG, out=self.miss_NG)
+        return self.weighed(self.miss_NG.square_()) * (nonzero(scales_N) * unit_N).square_()
 
     def weighed(self, values_NG: Tensor) -> Tensor:
         """Sums [N] of values, each times its importance; overwrites them."""

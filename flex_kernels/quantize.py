@@ -26,7 +26,7 @@ LARGEST_INT8 = 127
 # Added to the importance of every column, times their mean: none counts for nothing.
 DAMPING = 0.01
 # Weights that are quantised at a time: bounds the float32 copies made on the way, which then stay in cache.
-CHUNK = 1 << 17
+CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
