@@ -6,7 +6,9 @@
 Layers: the relative error of each layer's routed sum on held-out text,
 || MoE_q(x) - MoE(x) ||_F / || MoE(x) ||_F, in float32, for the inputs that the model in bfloat16 gives the
 layer and for the same routing: what rounding alone does there. Perplexity: on the held-out texts of the demo
-model's conversion, in bfloat16, every model on the same kernels.
+model's conversion, in bfloat16, every model on the same kernels; and the Kullback-Leibler divergence of a
+token's distribution from the bfloat16 model's, which differs less from one rounding to the next like it.
+"nf4 calibrated" knows the importance of columns (flex.column_importance) from texts that are not held out.
 Federation: FLEx as the demo runs it, the mean held-out loss of an answer token before and after.
 
 Numbers, not times: they do not depend on what else the machine does. The file is written after every part,
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,10 +33,12 @@ from torch import Tensor
 from benchmarks.timing import machine
 from flex.config import Config
 from flex.files import atomic_write
+from flex.importance import Importance
 from flex.quantized import expert_bytes
 from flex_kernels.quantize import KINDS, Kind
 
 PRECISIONS: tuple[Kind | None, ...] = (None, *KINDS)
+CALIBRATED = "nf4 calibrated"
 DTYPE = torch.bfloat16
 
 
@@ -43,13 +47,20 @@ def name_of(experts: Kind | None) -> str:
 
 
 @torch.no_grad()
-def layer_errors(model: Any, ids_BL: Tensor) -> dict[str, dict[str, float]]:
-    """kind -> layer -> relative error of the routed sum on ``ids_BL``; ``model`` has plain experts."""
+def layer_errors(
+    model: Any, ids_BL: Tensor, importance: Importance | None = None
+) -> dict[str, dict[str, float]]:
+    """kind -> layer -> relative error of the routed sum on ``ids_BL``; ``model`` has plain experts.
+
+    With ``importance``, also of the calibrated kind.
+    """
     from flex.models import find_blocks
     from flex.watch import body_of, watch_inputs
     from flex_kernels import Experts, flex_moe
 
-    errors: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
+    errors: dict[str, dict[str, float]] = {
+        kind: {} for kind in (*KINDS, *([CALIBRATED] if importance else []))
+    }
     blocks = find_blocks(model)
 
     def see(layer: str, x_TH: Tensor) -> None:
@@ -58,8 +69,9 @@ def layer_errors(model: Any, ids_BL: Tensor) -> dict[str, dict[str, float]]:
         x_TH = x_TH.float()
         exact = Experts(plain.gate_up.float(), plain.down.float())
         y_TH = flex_moe(x_TH, router, exact)
-        for kind in KINDS:
-            rounded = Experts.quantize(exact.gate_up, exact.down, kind)
+        for kind in errors:
+            of_columns = importance[layer] if importance and kind == CALIBRATED else None
+            rounded = Experts.quantize(exact.gate_up, exact.down, kind.split()[0], of_columns)
             miss_TH = flex_moe(x_TH, router, rounded) - y_TH
             errors[kind][layer] = float(miss_TH.norm() / y_TH.norm())
 
@@ -68,16 +80,39 @@ def layer_errors(model: Any, ids_BL: Tensor) -> dict[str, dict[str, float]]:
     return errors
 
 
-def perplexities(path: str, experts: Kind | None, texts: Mapping[str, Tensor]) -> dict[str, Any]:
-    """``perplexity`` of each text, and ``expert_bytes`` that the routed experts hold."""
+@torch.no_grad()
+def divergence(model: Any, other: Any, ids_BL: Tensor, rows: int = 2) -> float:
+    """Mean over tokens of KL(other || model) of the next token, nats."""
+    total, count = 0.0, 0
+    for part_BL in ids_BL.split(rows):
+        log_q_TV, log_p_TV = (
+            m(input_ids=part_BL, use_cache=False).logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
+            for m in (model, other)
+        )
+        total += float((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum())
+        count += len(log_p_TV)
+    return total / count
+
+
+def perplexities(
+    path: str, experts: Kind | None, texts: Mapping[str, Tensor], importance: Importance | None = None
+) -> dict[str, Any]:
+    """``perplexity`` and ``divergence`` of each text, and ``expert_bytes`` that the routed experts hold."""
     import flex
     from flex.block import moe_blocks
     from flex.moefication.measure import perplexity
+    from flex.quantized import quantize_experts
 
-    model = flex.load(path, experts, DTYPE)
-    model.set_experts_implementation("flex_kernels")
+    plain = flex.load(path, dtype=DTYPE)
+    model = flex.load(path, None if importance else experts, DTYPE)
+    if importance:
+        for name, (block, adapter) in moe_blocks(model).items():
+            quantize_experts(adapter.part(block, "experts"), experts, importance[name])
+    for m in (plain, model):
+        m.set_experts_implementation("flex_kernels")
     return {
         "perplexity": {kind: perplexity(model, ids, skip=1, rows=2) for kind, ids in texts.items()},
+        "divergence": {kind: divergence(model, plain, ids) for kind, ids in texts.items()},
         "expert_bytes": expert_bytes(adapter.experts(block) for block, adapter in moe_blocks(model).values()),
     }
 
@@ -119,7 +154,12 @@ def federation_config(path: str, experts: Kind | None, folder: Path, rounds: int
 
 
 def measure(
-    path: str, out: Path, texts: Mapping[str, Tensor], configs: Mapping[str, Config], threads: int
+    path: str,
+    out: Path,
+    texts: Mapping[str, Tensor],
+    configs: Mapping[str, Config],
+    threads: int,
+    calibration: Sequence[Tensor] = (),
 ) -> None:
     """Every part that ``out`` does not hold yet, written as soon as it is known.
 
@@ -127,6 +167,7 @@ def measure(
         path: the model's folder.
         texts: kind of text -> ids_BL.
         configs: precision -> the federation to run.
+        calibration: ids_BL to take the importance of columns from; none leaves the calibrated kind out.
     """
     import flex
 
@@ -134,6 +175,7 @@ def measure(
     content: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
     content["machine"] = machine()
     content["model"] = Path(path).name
+    content["calibration_tokens"] = sum(ids.numel() for ids in calibration)
     content["held_out_tokens"] = {kind: ids.numel() for kind, ids in texts.items()}
 
     def add(section: str, key: str, make: Any) -> None:
@@ -144,13 +186,28 @@ def measure(
             print(f"{section}, {key}: written", flush=True)
 
     model = flex.load(path, dtype=DTYPE)
+    importance = flex.column_importance(model, calibration) if calibration else None
     for kind, ids_BL in texts.items():
-        add("layer_error", kind, partial(layer_errors, model, ids_BL[:1]))
+        add("layer_error", kind, partial(layer_errors, model, ids_BL[:1], importance))
     del model
     for experts in PRECISIONS:
         add("models", name_of(experts), partial(perplexities, path, experts, texts))
+    if importance:
+        add("models", CALIBRATED, partial(perplexities, path, "nf4", texts, importance))
     for name, config in configs.items():
         add("federation", name, partial(federation, config))
+
+
+def calibration_ids(tokenizer: Any) -> list[Tensor]:
+    """4,096 tokens of the texts that the demo model's conversion was fitted to: reference, stories, chats."""
+    from flex.moefication import texts
+
+    kinds = (
+        (texts.reference_texts(held_out=False, seed=0), 4),
+        (texts.story_texts(held_out=False), 2),
+        (texts.chat_texts(held_out=False), 2),
+    )
+    return [ids for text, rows in kinds for ids in texts.pack(tokenizer, text, rows, 512).split(2)]
 
 
 def main() -> None:
@@ -170,14 +227,15 @@ def main() -> None:
     from flex.moefication.report import held_out_ids
 
     path = str(demo_model())
+    tokenizer = AutoTokenizer.from_pretrained(path)
     configs = {
         name_of(experts): federation_config(
             path, experts, arguments.runs, arguments.rounds, arguments.threads
         )
         for experts in PRECISIONS
     }
-    texts = held_out_ids(AutoTokenizer.from_pretrained(path), None)
-    measure(path, arguments.out, texts, configs, arguments.threads)
+    texts = held_out_ids(tokenizer, None)
+    measure(path, arguments.out, texts, configs, arguments.threads, calibration_ids(tokenizer))
 
 
 if __name__ == "__main__":

@@ -121,6 +121,12 @@ def quality_tables(result: dict[str, Any]) -> str:
     ]
     perplexity = table(["experts", "MiB", *texts], rows)
     rows = [
+        [name, *(f"{m['divergence'][text]:.4f}" for text in texts)]
+        for name, m in models.items()
+        if name != "bfloat16"
+    ]
+    divergence = table(["experts", *texts], rows)
+    rows = [
         [name, *(f"{sum(f[when].values()) / len(f[when]):.3f}" for when in ("before", "after"))]
         for name, f in result.get("federation", {}).items()
     ]
@@ -128,6 +134,7 @@ def quality_tables(result: dict[str, Any]) -> str:
     return (
         f"**Relative error of a layer's routed sum: mean over layers (least to largest)**\n\n{layers}\n\n"
         f"**Perplexity (ratio to bfloat16), and memory of the routed experts**\n\n{perplexity}\n\n"
+        f"**Divergence of a token's distribution from the bfloat16 model's, nats**\n\n{divergence}\n\n"
         f"**FLEx, mean over clients of the loss of an answer token, nats**\n\n{federation}"
     )
 

@@ -18,6 +18,7 @@ _HOMES = {
     "GraftReport": "flex.grafting",
     "RunResult": "flex.federation",
     "add_lora": "flex.lora",
+    "column_importance": "flex.importance",
     "graft": "flex.grafting",
     "load": "flex.loading",
     "load_personal": "flex.state",

@@ -12,6 +12,7 @@ from torch import nn
 
 from flex.block import GraftedBlock, grafted_blocks, keep_routing_on_replay
 from flex.hf_quantizer import refuse_save_pretrained
+from flex.importance import Importance, check_importance
 from flex.models import find_blocks
 from flex.personal import PersonalCopy, PersonalLoRA
 from flex.quantized import (
@@ -90,6 +91,7 @@ def graft(
     alpha: float = 16.0,
     start: Sequence[int] | None = None,
     experts: Kind | None = None,
+    importance: Importance | None = None,
     personal_dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> GraftReport:
@@ -113,6 +115,8 @@ def graft(
         experts: "int8" or "nf4" quantises the frozen routed experts in place, layer by layer (see
             :mod:`flex_kernels.quantize`); personal experts then begin as the decoded expert. None leaves them
             as they are. :func:`flex.load` quantises while it loads, so that the model never has to fit first.
+        importance: of :func:`flex.column_importance`, for ``experts="nf4"``: rounding spares the columns that
+            count. None counts all alike.
         personal_dtype: of the personal experts' matrices; None keeps the model's. float32 is what an
             optimiser wants beside a bf16 model. Gates are float32 always.
         generator: draws the low-rank start.
@@ -151,6 +155,7 @@ def graft(
         resolve_backend(backend, layer.gate_up.device, compute_dtype(layer, adapter.router(block).weight))
     held = kind_of(layers.values())
     check_can_become(experts, held, layers)
+    check_importance(importance, None if experts == held else experts, layers)
     counts = {name: layer.count for name, layer in layers.items()}
     bytes_before = expert_bytes(layers.values())
     # Float weights are let go layer by layer below: nothing here may hold on to them.
@@ -163,7 +168,8 @@ def graft(
             parameter.requires_grad_(False)
     for (name, (block, adapter)), expert in zip(blocks.items(), chosen):
         if experts is not None and experts != held:
-            quantize_experts(adapter.part(block, "experts"), experts)
+            of_columns = None if importance is None else importance[name]
+            quantize_experts(adapter.part(block, "experts"), experts, of_columns)
         grafted = GraftedBlock(block, adapter, mix, save, backend)
         if expert is not None:
             frozen, row = adapter.experts(grafted), adapter.router(grafted).weight[expert]

@@ -45,10 +45,13 @@ def kind_of(experts: Iterable[Experts]) -> Kind | None:
     return kinds.pop() if kinds else None
 
 
-def quantize_experts(module: nn.Module, kind: Kind) -> None:
-    """Quantise an experts module in place, one weight after the other; each float weight is let go."""
-    for name in WEIGHTS:
-        weight = quantize(module.get_parameter(name), kind)
+def quantize_experts(module: nn.Module, kind: Kind, importance: tuple[Tensor, Tensor] | None = None) -> None:
+    """Quantise an experts module in place, one weight after the other; each float weight is let go.
+
+    ``importance``: of columns, as :meth:`flex_kernels.Experts.quantize` takes it.
+    """
+    for name, of_columns in zip(WEIGHTS, importance or (None, None), strict=True):
+        weight = quantize(module.get_parameter(name), kind, of_columns)
         hold(module, name, QuantizedWeight(weight))
     give_back_freed()
 

@@ -1,16 +1,16 @@
 """Frozen weights in 8 or 4 bits: how they are laid out, made and read back.
 
-Letters: R rows and C columns of one weight matrix, in groups of G = 64 columns.
+Letters: M matrices of R rows and C columns each; G = 64 columns of a group.
 
     int8   W[r, c] = codes[r, c] scales[r]                     a byte a weight, 2 bytes a row
     nf4    W[r, c] = NF4_LEVELS[code of (r, c)] scales[r, c // G]   half a byte a weight, 2 bytes a group
 
-Codes keep the weight's own layout, so that forward and backward read the same ones; scales are bfloat16.
+Codes keep the weight's own layout, so that forward and backward read the same ones. Scales are bfloat16,
+those of nf4 of either sign (:mod:`flex_kernels.nf4`).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,16 +18,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flex_kernels.nf4 import GROUP_COLUMNS, NF4_LEVELS, Nf4Encoder, nonzero
+
 Kind = Literal["int8", "nf4"]
 KINDS = ("int8", "nf4")
-GROUP_COLUMNS = 64
 LARGEST_INT8 = 127
-# The 4-bit NormalFloat of QLoRA (arXiv 2305.14314, appendix E), each level rounded to bfloat16: what a kernel
-# multiplies in bfloat16 is then the level itself.
-NF4_LEVELS = (
-    *(-1.0, -0.6953125, -0.5234375, -0.39453125, -0.28515625, -0.1845703125, -0.0908203125, 0.0),
-    *(0.07958984375, 0.1611328125, 0.24609375, 0.337890625, 0.44140625, 0.5625, 0.72265625, 1.0),
-)
+# Added to the importance of every column, times their mean: none counts for nothing.
+DAMPING = 0.01
 # Weights that are quantised at a time: bounds the float32 copies made on the way, which then stay in cache.
 CHUNK = 1 << 18
 
@@ -79,12 +76,23 @@ class Quantized:
         return (values * scales).to(dtype)
 
 
-def quantize(weight: Tensor, kind: Kind) -> Quantized:
-    """Round a float weight [..., R, C] to the nearest codes; the largest of a row or group sets its scale.
+def quantize(weight: Tensor, kind: Kind, importance: Tensor | None = None) -> Quantized:
+    """Round a float weight [..., R, C] to the nearest codes.
+
+    The largest weight of a row sets its int8 scale. The scale of an nf4 group is the one, of those tried,
+    that leaves the least sum over its columns c of importance[c] (W[r, c] - decoded)^2.
+
+    Args:
+        importance: [..., C] float, not negative, for "nf4" alone: what the squared error of a column counts;
+            None counts all alike. With the mean square of what a column is multiplied with, the sum is the
+            expected squared error of the output but for the inputs' correlation (the objective of GPTQ, arXiv
+            2210.17323, with the diagonal of its Hessian).
 
     Raises:
-        TypeError: ``weight`` is not a float tensor of at least two dimensions.
-        ValueError: ``kind`` is unknown, or a weight is not finite.
+        TypeError: ``weight`` is not a float tensor of at least two dimensions; ``importance`` is no float
+            tensor.
+        ValueError: ``kind`` is unknown, a weight is not finite, or ``importance`` is given for "int8", has
+            another shape, or holds a value that is negative or not finite.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not one of {', '.join(map(repr, KINDS))}")
@@ -93,12 +101,13 @@ def quantize(weight: Tensor, kind: Kind) -> Quantized:
             f"{list(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
         )
         raise TypeError(f"weight must be a float tensor [..., R, C], got {given}")
+    importance_MC = None if importance is None else damped(importance, weight, kind)
     quantized = empty(weight.shape, kind, weight.device)
     codes, scales, columns = quantized.codes, quantized.scales, quantized.columns
     weight_RC = weight.detach().reshape(-1, columns)
     codes_R, scales_R = codes.view(-1, codes.shape[-1]), scales.view(-1, *scales.shape[weight.ndim - 1 :])
     step = max(1, CHUNK // max(1, columns))
-    encode = encode_int8 if kind == "int8" else encode_nf4
+    encoder: Nf4Encoder | None = None
     for start in range(0, weight_RC.shape[0], step):
         rows = slice(start, start + step)
         piece_RC = weight_RC[rows].float()
@@ -106,8 +115,39 @@ def quantize(weight: Tensor, kind: Kind) -> Quantized:
             raise ValueError(
                 f"weight {list(weight.shape)} holds values that are not finite: nothing to round to"
             )
-        codes_R[rows], scales_R[rows] = encode(piece_RC)
+        if kind == "int8":
+            codes_R[rows], scales_R[rows] = encode_int8(piece_RC)
+            continue
+        if encoder is None or encoder.rows != len(piece_RC):
+            encoder = Nf4Encoder(len(piece_RC), columns, weight.device)
+        importance_RC = None
+        if importance_MC is not None:
+            row_R = torch.arange(start, start + len(piece_RC), device=weight.device)
+            importance_RC = importance_MC[row_R // weight.shape[-2]]
+        codes_R[rows], scales_R[rows] = encoder.encode(piece_RC, importance_RC)
     return quantized
+
+
+def damped(importance: Tensor, weight: Tensor, kind: Kind) -> Tensor:
+    """``importance``, checked, as [M, C] float32 beside the weight: in units of its mean, plus DAMPING."""
+    if kind == "int8":
+        raise ValueError(
+            "importance is for kind='nf4'; the scale of an int8 row is set by its largest weight"
+        )
+    if not isinstance(importance, Tensor) or not importance.is_floating_point():
+        given = importance.dtype if isinstance(importance, Tensor) else type(importance).__name__
+        raise TypeError(f"importance must be a float tensor [..., C], got {given}")
+    wanted = [*weight.shape[:-2], weight.shape[-1]]
+    if list(importance.shape) != wanted:
+        raise ValueError(
+            f"importance of a weight {list(weight.shape)} must be {wanted}, got {list(importance.shape)}"
+        )
+    if not torch.isfinite(importance).all() or (importance < 0).any():
+        raise ValueError(f"importance {wanted} holds values that are negative or not finite")
+    importance_MC = importance.detach().to(weight.device, torch.float32).reshape(-1, weight.shape[-1])
+    mean_M1 = importance_MC.mean(-1, keepdim=True)
+    # Columns of which nothing is known, such as those of an expert that no token chose, count alike.
+    return torch.where(mean_M1 > 0, importance_MC / mean_M1 + DAMPING, 1.0)
 
 
 def empty(shape: Sequence[int], kind: Kind, device: torch.device | str = "cpu") -> Quantized:
@@ -128,24 +168,3 @@ def encode_int8(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
     scales_R = (weight_RC.abs().amax(-1) / LARGEST_INT8).bfloat16()
     scaled_RC = weight_RC / nonzero(scales_R)[:, None]
     return scaled_RC.round_().clamp_(-LARGEST_INT8, LARGEST_INT8).to(torch.int8), scales_R
-
-
-def encode_nf4(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes [R, ceil(C / 2)] uint8, scales [R, ceil(C / 64)] bfloat16) of finite float32 weights."""
-    rows, columns = weight_RC.shape
-    groups = -(-columns // GROUP_COLUMNS)
-    padded_RC = torch.nn.functional.pad(weight_RC, (0, groups * GROUP_COLUMNS - columns))
-    weight_RGC = padded_RC.view(rows, groups, GROUP_COLUMNS)
-    scales_RG = weight_RGC.abs().amax(-1).bfloat16()
-    scaled_RGC = weight_RGC / nonzero(scales_RG)[..., None]
-    # A code is the number of borders below the weight: fifteen comparisons beat torch.bucketize.
-    codes_RGC = torch.zeros(weight_RGC.shape, dtype=torch.uint8, device=weight_RC.device)
-    for below, above in itertools.pairwise(NF4_LEVELS):
-        codes_RGC += (scaled_RGC > (below + above) / 2).view(torch.uint8)
-    codes_RC = codes_RGC.view(rows, -1)[:, : columns + columns % 2]
-    return codes_RC[:, ::2] | codes_RC[:, 1::2] << 4, scales_RG
-
-
-def nonzero(scales: Tensor) -> Tensor:
-    """Scales to divide by, in float32: 1 where all weights are zero (or too small for bfloat16)."""
-    return torch.where(scales == 0, 1.0, scales.float())

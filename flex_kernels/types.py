@@ -68,13 +68,21 @@ class Experts:
     down: Tensor | Quantized
 
     @classmethod
-    def quantize(cls, gate_up: Tensor, down: Tensor, kind: Kind) -> Experts:
+    def quantize(
+        cls, gate_up: Tensor, down: Tensor, kind: Kind, importance: tuple[Tensor, Tensor] | None = None
+    ) -> Experts:
         """Frozen experts in 8 bits ("int8", a scale a row) or 4 ("nf4", a scale for 64 weights of a row).
+
+        Args:
+            importance: of the columns of ``gate_up`` [E, H] and of ``down`` [E, I], for "nf4": the mean
+                squares of x and of silu(gate_j x) * (up_j x) over the tokens that expert j sees. None counts
+                all columns alike.
 
         Raises:
             TypeError, ValueError: as :func:`flex_kernels.quantize.quantize`.
         """
-        return cls(quantize(gate_up, kind), quantize(down, kind))
+        of_gate_up, of_down = importance or (None, None)
+        return cls(quantize(gate_up, kind, of_gate_up), quantize(down, kind, of_down))
 
     @property
     def count(self) -> int:

@@ -48,6 +48,20 @@ def test_whole_groups_and_long_reductions(engine, kind, H, I):  # noqa: F811
         agree(quantised(with_fixed_routing(case), kind), "x")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("T", [2, 90])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scales_have_a_sign(engine, dtype, T, kind):  # noqa: F811
+    """Scales of down negated: the same sums with the other sign, bit for bit, in few rows and in many."""
+    sizes = {"H": 200, "E": 2, "K": 2, "I": 130, "personal": False, "shared": "none"}
+    case = quantised(with_fixed_routing(make_case(T=T, dtype=dtype, **sizes)), kind)
+    down = case.experts.down
+    assert kind == "int8" or bool((down.scales < 0).any() and (down.scales > 0).any())
+    turned = replace(case, experts=replace(case.experts, down=replace(down, scales=-down.scales)))
+    got, want = run(turned, "x"), run(case, "x")
+    assert all(torch.equal(got[name], -want[name]) for name in ("y", "x"))
+
+
 @pytest.mark.parametrize("kinds", [("int8", "nf4"), ("nf4", "int8")])
 def test_the_two_matrices_may_differ_in_kind(engine, kinds):  # noqa: F811
     agree(quantised(with_fixed_routing(make_case(T=30, H=130, I=70)), *kinds))

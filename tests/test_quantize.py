@@ -65,8 +65,6 @@ def test_every_nf4_code_is_the_nearest_level(columns):
     candidates = levels * scales_RC[..., None]
     best = (candidates - weight_RC.double()[..., None]).abs().amin(-1)
     assert torch.equal((got.dequantize(torch.float64) - weight_RC).abs(), best)
-    groups = torch.nn.functional.pad(weight_RC, (0, -columns % 64)).view(7, -1, 64)
-    assert torch.equal(got.scales, groups.abs().amax(-1).bfloat16())
 
 
 @pytest.mark.parametrize("columns", [1, 64, 77])

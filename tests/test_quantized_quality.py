@@ -55,13 +55,19 @@ def place(tmp_path_factory):
     config = tiny_config(
         folder / "model", rows, folder / "run", evaluation=evaluation, model={"experts": "nf4"}
     )
-    measure(str(folder / "model"), folder / "out.json", texts, {"nf4": config}, threads=1)
+    calibration = [torch.arange(50, 90).view(2, 20)]
+    measure(str(folder / "model"), folder / "out.json", texts, {"nf4": config}, 1, calibration)
     return folder
 
 
 def test_the_file_holds_every_part(place):
     content = json.loads((place / "out.json").read_text())
-    assert set(content["models"]) == {"bfloat16", "int8", "nf4"}
+    assert set(content["models"]) == {"bfloat16", "int8", "nf4", "nf4 calibrated"}
+    assert content["models"]["bfloat16"]["divergence"] == {"one": 0.0, "two": 0.0}
+    assert all(
+        0 < of["divergence"]["one"] < 0.1 for name, of in content["models"].items() if name != "bfloat16"
+    )
+    assert content["calibration_tokens"] == 40
     import flex
 
     model = flex.load(place / "model", dtype=torch.bfloat16)
@@ -74,6 +80,8 @@ def test_the_file_holds_every_part(place):
     assert all(federation["after"][name] < before for name, before in federation["before"].items())
     assert 0 < content["layer_error"]["one"]["int8"]["model.layers.0.mlp"] < 0.05
     assert content["layer_error"]["one"]["nf4"]["model.layers.0.mlp"] < 0.4
+    errors = content["layer_error"]["one"]
+    assert errors["nf4 calibrated"] != errors["nf4"]
 
 
 def test_parts_that_the_file_holds_are_kept(place):
@@ -91,8 +99,16 @@ def test_the_tables_show_ratios_to_bfloat16():
         "held_out_tokens": {"story": 100},
         "layer_error": {"story": {"int8": layers, "nf4": {name: 10 * e for name, e in layers.items()}}},
         "models": {
-            "bfloat16": {"perplexity": {"story": 20.0}, "expert_bytes": 400 * 2**20},
-            "nf4": {"perplexity": {"story": 21.0}, "expert_bytes": 100 * 2**20},
+            "bfloat16": {
+                "perplexity": {"story": 20.0},
+                "divergence": {"story": 0.0},
+                "expert_bytes": 400 * 2**20,
+            },
+            "nf4": {
+                "perplexity": {"story": 21.0},
+                "divergence": {"story": 0.0625},
+                "expert_bytes": 100 * 2**20,
+            },
         },
         "federation": {
             "bfloat16": {"rounds": 3, "before": {"a": 4.0, "b": 2.0}, "after": {"a": 2.0, "b": 1.0}},
@@ -102,6 +118,7 @@ def test_the_tables_show_ratios_to_bfloat16():
     text = quality_tables(result)
     assert "| story | 0.020 (0.010 to 0.030) | 0.200 (0.100 to 0.300) |" in text
     assert "| nf4 | 100 | 21.00 (1.050) |" in text
+    assert "| nf4 | 0.0625 |" in text
     assert "| nf4 | 3.100 | 1.600 |" in text
 
 
