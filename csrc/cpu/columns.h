@@ -1,9 +1,9 @@
 // Products with columns of the weight, for the vector ISAs: C [rows, columns] = A B, row k of B a stretch of row k of
 // the weight.
 //
-// A tile of the weight, 32 columns (16) and kTileWords words deep, meets groups of A's rows one after another. The first
-// group reads the weight as stored, puts neighbouring rows together into words in registers and leaves these in the
-// first-level cache, where the other groups find them: there is no pass that only packs. Include products.h first.
+// A tile of the weight, 32 columns (16) and kTileWords words deep, meets groups of A's rows one after another. The
+// first group reads the weight as stored, puts neighbouring rows together into words in registers and leaves these in
+// the first-level cache, where the other groups find them: there is no pass that only packs. Include products.h first.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -19,12 +19,12 @@ constexpr int kTileRows = W == 16 ? 12 : 6;
 // Where a group of rows finds the words of a tile: in the weight, in the weight and leaves them, where they were left.
 enum class Tile { kOnce, kFirst, kAgain };
 
-// c [M, kPanelColumns] (+)= a [M, words] tile, in the order of Packing::plain_words. `length`: rows of the weight at
+// c [M, kPanelColumns] (+)= a [M, words] tile, in the order of Words::plain_words. `length`: rows of the weight at
 // `from`, `ld` apart; `columns` of them.
 template <class E, int M, Tile kTile>
 void tile_product(const typename E::T* from, int64_t ld, int columns, int64_t length, float* tile, const float* a,
                   float* c, int64_t ldc, bool accumulate, Ahead& shared) {
-  using P = Packing<E>;
+  using P = Words<E>;
   Ahead ahead = shared;
   V sums[M][2];
 #pragma GCC unroll 16
@@ -80,7 +80,7 @@ struct TileProduct {
 // The words of a tile of codes.
 template <class E>
 void decode_tile(const Weight<E>& weight, int64_t k, int64_t length, int64_t column, int columns, float* tile) {
-  using P = Packing<E>;
+  using P = Words<E>;
   alignas(64) typename E::T row[2][kPanelColumns];
   for (int64_t i = 0; i < length; i += P::kPerWord, tile += kPanelColumns) {
     V low, high;
@@ -94,7 +94,7 @@ void decode_tile(const Weight<E>& weight, int64_t k, int64_t length, int64_t col
 // The first `columns` columns of a weight with k rows; none for k = 0.
 template <class E>
 struct WeightColumns {
-  using P = Packing<E>;
+  using P = Words<E>;
   static constexpr int64_t kBlock = kTileWords * P::kPerWord;
   Weight<E> weight;
   int64_t columns, k;
@@ -110,7 +110,7 @@ struct WeightColumns {
 template <class E>
 void column_product(const typename E::T* base, int64_t lda, const int32_t* index, int64_t rows,
                     const WeightColumns<E>& b, float* c, int64_t ldc, const Workspace& work, const Area& coming) {
-  using P = Packing<E>;
+  using P = Words<E>;
   constexpr int64_t kBlock = WeightColumns<E>::kBlock;
   const Weight<E>& weight = b.weight;
   const bool stored = weight.stored();

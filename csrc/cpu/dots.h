@@ -43,14 +43,14 @@ struct WeightRows {
     const int64_t own = strip % strips(), row = first_of(own);
     return part[strip / strips()].area(row, first_of(own + 1) - row, k0, length);
   }
-  Area first_area() const { return area(0, 0, smaller(k, kDotWords * Packing<E>::kPerWord)); }
+  Area first_area() const { return area(0, 0, smaller(k, kDotWords * Words<E>::kPerWord)); }
 };
 
 // c[m, r] (+)= <a[m], weight row r> for R rows of the weight; a holds M rows as pack_groups leaves them.
 template <class E, int R, int M>
 void dots(const typename E::T* weight, int64_t ld, int64_t length, const float* a, float* c, int64_t ldc,
           bool accumulate, Ahead& shared) {
-  using P = Packing<E>;
+  using P = Words<E>;
   constexpr int kStep = W * P::kPerWord;
   Ahead ahead = shared;
   V sums[R][M];
@@ -139,8 +139,8 @@ inline int64_t whole_words(int64_t length) { return pieces(pieces(length, P::kPe
 
 // The words of elements [c, c + n) of weight row r.
 template <class E>
-inline void row_words(const Weight<E>& weight, int64_t r, int64_t c, int64_t n, typename Packing<E>::Word::T* out) {
-  using P = Packing<E>;
+inline void row_words(const Weight<E>& weight, int64_t r, int64_t c, int64_t n, typename Words<E>::Word::T* out) {
+  using P = Words<E>;
   if constexpr (P::kStoredWords) {
     weight.decode(r, c, n, out);
   } else if (weight.stored()) {
@@ -156,7 +156,7 @@ inline void row_words(const Weight<E>& weight, int64_t r, int64_t c, int64_t n, 
 template <class E>
 void pack_groups(const typename E::T* base, int64_t lda, const int32_t* index, int64_t rows, int64_t length,
                  float* out) {
-  using P = Packing<E>;
+  using P = Words<E>;
   constexpr int64_t kStep = W * P::kPerWord;
   evenly(rows, kGroupRows, [&](int64_t r, int64_t some) {
     const typename E::T* from[kGroupRows];
@@ -167,7 +167,7 @@ void pack_groups(const typename E::T* base, int64_t lda, const int32_t* index, i
   });
 }
 
-// The product for codes and few rows, where codes can be used as they are; false where they are to be decoded in strips.
+// The product for codes and few rows, where codes can be used as they are; false where strips are to be decoded.
 template <class E>
 bool code_dots(const typename E::T*, int64_t, const int32_t*, int64_t, const WeightRows<E>&, float*, int64_t, int64_t,
                const Workspace&) {
@@ -180,13 +180,13 @@ template <class E>
 void dot_product(const typename E::T* base, int64_t lda, const int32_t* index, int64_t rows,
                  const WeightRows<E>& weights, float* c, int64_t ldc, int64_t apart, const Workspace& work,
                  const Area& coming) {
-  using P = Packing<E>;
+  using P = Words<E>;
   using S = typename P::Word;
   if (!weights.part[0].stored() && code_dots<E>(base, lda, index, rows, weights, c, ldc, apart, work)) return;
   const int64_t strips = weights.strips(), all = weights.parts * strips;
   // Elements of the reduced dimension at a time. Strips stay in the first-level cache for the next group of rows; where
-  // there is none, they are read in stretches as long as the rows of A have room for. It fixes the order of a sum, so it may
-  // not depend on threads.
+  // there is none, they are read in stretches as long as the rows of A have room for. It fixes the order of a sum, so
+  // it may not depend on threads.
   const bool once = rows <= kOnceRows && weights.part[0].stored();
   const int64_t most = once ? work.room / rows / 32 * 32 : kDotWords, every = pieces(weights.k, P::kPerWord);
   const int64_t block = pieces(pieces(every, pieces(every, most)), 32) * 32 * P::kPerWord;

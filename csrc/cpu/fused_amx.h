@@ -216,7 +216,7 @@ inline void down_backward_tiles(const Segment* segments, int64_t count, int64_t 
               for (int64_t r = 0; r < smaller(kTilePair, some - pair); ++r) {
                 const float* low = sums + r / tiles::kRows * 2 * kTileSums + r % tiles::kRows * W;
                 float settled[kTilePair];
-                Packing<BFloat16>::settle(settled, Float32::load(low), Float32::load(low + kTileSums));
+                Words<BFloat16>::settle(settled, Float32::load(low), Float32::load(low + kTileSums));
                 const int32_t token = address<const int32_t>(s.tokens)[row + pair + r];
                 add_row<Float32>(settled, 1.0f, dx + token * hidden + start + column,
                                  smaller(kTilePair, columns - column));
@@ -242,7 +242,7 @@ struct TurnedRows {
     }
     for (int r = 0; r < tiles::kRows; ++r) {
       const float* low = d + tile * 2 * kTileSums + r * W;
-      Packing<BFloat16>::settle(da[r], Float32::load(low), Float32::load(low + kTileSums));
+      Words<BFloat16>::settle(da[r], Float32::load(low), Float32::load(low + kTileSums));
     }
   }
 };

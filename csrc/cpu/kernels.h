@@ -38,8 +38,8 @@ struct Segment {
   int64_t scaled;      // backward: scale * a, [n, I] in x's dtype; 0 for none
 };
 
-// Geometry of the fused kernels, the same for every instruction set. A "word" is 32 bits of packed operand: one float32,
-// or two neighbouring bfloat16 along the reduced dimension.
+// Geometry of the fused kernels, the same for every instruction set. A "word" is 32 bits of packed operand: one
+// float32, or two neighbouring bfloat16 along the reduced dimension.
 constexpr int64_t kBlockRows = 128;         // rows of a product at a time, packed in the second-level cache
 constexpr int64_t kDotWords = 1024;         // words of them where weights lie contiguous along the reduced dimension
 constexpr int64_t kTileWords = 128;         // and where they lie contiguous along the columns
@@ -64,9 +64,8 @@ inline int64_t packed_words(int64_t longest) {
 // Bytes of scratch that one thread needs for segments of at most `rows` rows and operands of `longest` elements.
 inline int64_t bytes_a_thread(int64_t longest, int64_t rows) {
   const auto rows_of = [rows](int64_t most) { return rows < most ? rows : most; };
-  const int64_t thin = 3 * kThinColumns * rows_of(kThinCodeRows);
-  const int64_t wide = (2 * kForwardColumns > kSliceColumns ? 2 * kForwardColumns : kSliceColumns) * rows_of(kBlockRows);
-  static_assert(3 * kBackwardColumns <= 2 * kForwardColumns && 2 * kThinColumns <= 3 * kThinColumns, "room for all");
+  const int64_t thin = 3 * kThinColumns * rows_of(kThinCodeRows), wide = 2 * kForwardColumns * rows_of(kBlockRows);
+  static_assert(3 * kBackwardColumns <= 2 * kForwardColumns && kSliceColumns <= 2 * kForwardColumns, "room for all");
   return 4 * (packed_words(longest) + (wide < thin ? thin : wide));
 }
 

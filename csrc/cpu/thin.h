@@ -15,11 +15,11 @@ __attribute__((always_inline)) inline void prefetch(const T* p, int elements) {
 }
 
 // c [M, kPanelColumns] (+)= a [M, length] b, with row k of b at `b + k * ld`: contiguous along the columns.
-// The columns of c are in the order of Packing::plain_words.
+// The columns of c are in the order of Words::plain_words.
 template <class E, int M>
 void axpy(const typename E::T* b, int64_t ld, int64_t ahead, int64_t length, int columns, const float* a, int64_t lda,
           float* c, int64_t ldc, bool accumulate) {
-  using P = Packing<E>;
+  using P = Words<E>;
   V sums[M][2];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
@@ -49,8 +49,8 @@ void axpy(const typename E::T* b, int64_t ld, int64_t ahead, int64_t length, int
 template <class E>
 struct Axpy {
   static constexpr int kMost = W == 16 ? 12 : 6;
-  using Function = void (*)(const typename E::T*, int64_t, int64_t, int64_t, int, const float*, int64_t, float*, int64_t,
-                            bool);
+  using T = typename E::T;
+  using Function = void (*)(const T*, int64_t, int64_t, int64_t, int, const float*, int64_t, float*, int64_t, bool);
   static Function of(int rows) {
     static const Function table[] = {
         axpy<E, 1>, axpy<E, 2>, axpy<E, 3>, axpy<E, 4>, axpy<E, 5>, axpy<E, 6>,
@@ -69,12 +69,12 @@ bool code_axpy(const typename E::T*, int64_t, const int32_t*, int64_t, int64_t, 
   return false;
 }
 
-// C [rows, columns] = A B for at most kThinCodeRows rows; row r of A is `base + (index ? index[r] : r) * lda`, row k of B
-// is row k of the weight. Writes whole panels: C has room for `columns` rounded up to kPanelColumns.
+// C [rows, columns] = A B for at most kThinCodeRows rows; row r of A is `base + (index ? index[r] : r) * lda`, row k of
+// B is row k of the weight. Writes whole panels: C has room for `columns` rounded up to kPanelColumns.
 template <class E>
 void thin_product(const typename E::T* base, int64_t lda, const int32_t* index, int64_t rows, int64_t k,
                   const Weight<E>& weight, int64_t columns, float* c, int64_t ldc, const Workspace& work) {
-  using P = Packing<E>;
+  using P = Words<E>;
   const bool stored = weight.stored();
   if (!stored && code_axpy<E>(base, lda, index, rows, k, weight, columns, c, ldc, work)) return;
   alignas(64) typename E::T strip[kStrip];

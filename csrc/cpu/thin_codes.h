@@ -27,8 +27,8 @@ struct Levels {
   __m512i even, odd;
 };
 
-// The 16 levels times a scale, twice: an index is looked up by its low five bits, of which the fifth belongs to the next
-// code.
+// The 16 levels times a scale, twice: an index is looked up by its low five bits, of which the fifth belongs to the
+// next code.
 inline __m512i nf4_table(V levels, V scale) {
   return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(mul(levels, scale)));
 }
@@ -200,7 +200,7 @@ inline void settle_nf4(float* c) {
   for (int i = 0; i < kGroup; ++i) c[i] = sorted[i];
 }
 
-// out[i] = the words of `row` [length] times scale[i] each, rounded to bfloat16 again; scale has even entries, then odd.
+// out[i] = the words of `row` times scale[i] each, rounded to bfloat16 again; scale has even entries, then odd.
 inline void scale_words(const float* row, const float* even, const float* odd, float* out, int64_t words) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -333,7 +333,7 @@ inline void code_blocks(const uint16_t* base, int64_t lda, const int32_t* index,
       float* row = work.a + r * stride;
       // A sum reads whole groups: what lies beyond the row must be zero.
       for (int64_t i = pieces(length, 2) / W * W; i < words; i += W) Float32::store(row + i, set1(0.0f));
-      Packing<BFloat16>::pack_row(base + (index ? index[r] : r) * lda + k0, length, row);
+      Words<BFloat16>::pack_row(base + (index ? index[r] : r) * lda + k0, length, row);
       if (even_then_odd) split_even_odd(row, words);
     }
     f(k0, length, stride);

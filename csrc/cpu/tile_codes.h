@@ -1,8 +1,8 @@
 // Codes as operands of tiles: decoded in registers and written where the tiles are loaded from. The words are those of
-// Weight::decode() and Packing::plain_words(), without the buffer between the two and with fewer shuffles.
+// Weight::decode() and Words::plain_words(), without the buffer between the two and with fewer shuffles.
 //
 // NF4 is looked up as bfloat16: the 16 levels times a scale, rounded once, lie in a register, and the code is the
-// index. Include gemm.h first.
+// index. Include products.h first.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -76,7 +76,7 @@ inline void decode_rows(const Weight<BFloat16>& weight, int64_t rows, int64_t co
 }
 
 // Words (row k, row k + 1) of up to 32 columns of codes, for even k < length: put(k, low, high) with the two halves in
-// the order of Packing::plain_words. Row `length` is zeros.
+// the order of Words::plain_words. Row `length` is zeros.
 template <class Put>
 inline void decode_pairs(const Weight<BFloat16>& weight, int64_t columns, int64_t length, Put put) {
   const char* row = weight.byte(0, 0);

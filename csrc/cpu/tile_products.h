@@ -5,7 +5,7 @@
 // `along`, dx = dz W: weight rows run along the columns of the product. Two neighbours interleave into B's tile, and
 // the rows of dz are A's.
 // Either way no weight is transposed, and codes are decoded into the 16 KB that a strip is copied to anyway. Include
-// gemm.h (whose words and packing these are) and tiles.h first.
+// products.h (whose words these are) and tiles.h first.
 #pragma once
 
 #include "cpu/tile_codes.h"
@@ -198,7 +198,7 @@ inline TileRows pack_rows(const Word* base, int64_t ld, const int32_t* index, in
     const int64_t pair = r / kTilePair, step = packed.of_pair(pair) * kTileStep;
     Word* to = out + (pair * packed.steps * kTilePair + r % kTilePair) * kTileStep;
     for (int64_t k = 0; k < length; k += kTileStep, to += step)
-      _mm512_storeu_si512(to, Packing<BFloat16>::words(from + k, static_cast<int>(smaller(kTileStep, length - k))));
+      _mm512_storeu_si512(to, Words<BFloat16>::words(from + k, static_cast<int>(smaller(kTileStep, length - k))));
   }
   return packed;
 }
@@ -217,7 +217,7 @@ inline TileRows pack_rows_in_pairs(const Word* base, int64_t ld, const int32_t* 
       const int n = static_cast<int>(smaller(kTileStep, length - k));
       __m512i words[tiles::kRows];
       for (int64_t r = 0; r < tiles::kRows; ++r)
-        words[r] = r < own ? Packing<BFloat16>::words(from[r] + k, n) : _mm512_setzero_si512();
+        words[r] = r < own ? Words<BFloat16>::words(from[r] + k, n) : _mm512_setzero_si512();
       transpose(words);
       const __mmask16 mask = first(static_cast<int>(own));
       for (int64_t p = 0; p < tiles::kRows; ++p) _mm512_mask_storeu_epi32(to + p * own * 2, mask, words[p]);
@@ -248,14 +248,14 @@ inline void pack_strip(const Weight<BFloat16>& weight, int64_t rows, int64_t k0,
     const Word* from = weight.at(r, k0);
     Word* to = out + r * kTileStep;
     for (int64_t k = 0; k < length; k += kTileStep, to += 2 * kTileElements)
-      _mm512_storeu_si512(to, r < rows ? Packing<BFloat16>::words(from + k,
+      _mm512_storeu_si512(to, r < rows ? Words<BFloat16>::words(from + k,
                                                                   static_cast<int>(smaller(kTileStep, length - k)))
                                        : _mm512_setzero_si512());
   }
 }
 
 // `length` weight rows of up to 32 columns as pairs of B's tiles, zeros after the last row. The columns of the two
-// tiles are in the order of Packing::plain_words, which Packing::settle undoes in the sums.
+// tiles are in the order of Words::plain_words, which Words::settle undoes in the sums.
 inline void pack_strip_in_pairs(const Weight<BFloat16>& weight, int columns, int64_t length, Word* out,
                                 TileAhead& ahead) {
   const auto put = [&](int64_t k, V low, V high) {
@@ -271,7 +271,7 @@ inline void pack_strip_in_pairs(const Weight<BFloat16>& weight, int columns, int
     const int64_t ld = weight.ld;
     for (int64_t k = 0; k < length; k += 2, row += 2 * ld) {
       V low, high;
-      Packing<BFloat16>::plain_words(row, k + 1 < length ? row + ld : nullptr, columns, low, high);
+      Words<BFloat16>::plain_words(row, k + 1 < length ? row + ld : nullptr, columns, low, high);
       put(k, low, high);
     }
   }
@@ -331,7 +331,7 @@ inline void across(const TileStrip& strip, const TileStrip* next, int64_t begin,
 }
 
 // sums [strips of 32 columns][pairs][row tile][column tile][16 rows][16 columns] = rows [., k] times weight
-// [k, columns], the columns of a strip in the order of Packing::plain_words. Packs the rows into work.rows.
+// [k, columns], the columns of a strip in the order of Words::plain_words. Packs the rows into work.rows.
 //
 // The reduced dimension is the outer loop, so that weight rows are read in stretches of all columns: they lie pages
 // apart. A group of four strips brings in the next four, a quarter of its rows each.

@@ -4,7 +4,7 @@
 namespace {
 
 template <class E>
-struct Packing {
+struct Words {
   static constexpr int kPerWord = 1;
   // Words as an element type, and whether elements are stored as such.
   using Word = Float32;

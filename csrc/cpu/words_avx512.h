@@ -1,4 +1,4 @@
-// Words of packed operands for AVX-512: bfloat16 stays as it is, two to a word, for VDPBF16PS; float16 widens to float32.
+// Words of packed operands for AVX-512: bfloat16 stays as it is, two to a word, for VDPBF16PS; float16 widens.
 #pragma once
 
 namespace {
@@ -36,7 +36,7 @@ inline void transpose(__m512i* r) {
 
 // Element types that are reduced as float32: one element a word.
 template <class E>
-struct Packing {
+struct Words {
   static constexpr int kPerWord = 1;
   // Words as an element type, and whether elements are stored as such.
   using Word = Float32;
@@ -60,7 +60,7 @@ struct Packing {
 };
 
 template <>
-struct Packing<BFloat16> {
+struct Words<BFloat16> {
   static constexpr int kPerWord = 2;
   using Word = BFloat16;
   static constexpr bool kStoredWords = true;
