@@ -27,12 +27,6 @@ struct Levels {
   __m512i even, odd;
 };
 
-// The 16 levels times a scale, twice: an index is looked up by its low five bits, of which the fifth belongs to the
-// next code.
-inline __m512i nf4_table(V levels, V scale) {
-  return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(mul(levels, scale)));
-}
-
 inline V nf4_level_values() { return Float32::load(flex::kNf4Levels); }
 
 inline Levels nf4_levels(__m256i bytes, __m512i table) {

@@ -19,17 +19,6 @@ inline __m512i nf4_tables(V levels, V a, V b) {
   return (__m512i)_mm512_cvtne2ps_pbh(mul(levels, b), mul(levels, a));
 }
 
-// The bytes of 32 NF4 codes, each widened to 32 bits; `codes` of them are read, and the others zero.
-inline __m512i nf4_bytes(const char* p, int64_t codes) {
-  return _mm512_cvtepu8_epi32(sixteen_bytes(p, codes / 2 + codes % 2));
-}
-
-// 32 NF4 codes in order, from tables of one scale. A word is looked up by its low five bits: the fifth of an even code
-// belongs to its neighbour, and chooses between equal halves.
-inline __m512i nf4_in_order(__m512i bytes, __m512i tables) {
-  return _mm512_permutexvar_epi16(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), tables);
-}
-
 // 32 int8 times a scale as bfloat16, in order; `codes` of them are read, and the others zero.
 inline __m512i int8_in_order(const char* p, int64_t codes, V scale) {
   const auto values = [&](__m128i bytes) { return mul(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), scale); };
