@@ -91,7 +91,7 @@ void decode_tile(const Weight<E>& weight, int64_t k, int64_t length, int64_t col
   }
 }
 
-// The first `columns` columns of a weight with k rows; none for k = 0.
+// The first `columns` columns of a weight with k rows.
 template <class E>
 struct WeightColumns {
   using P = Words<E>;
