@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flex.block import gates_shut, moe_blocks
+from flex.block import moe_blocks
 from flex.models import Adapter
-from flex.select import Batch, checked_batches, prepare
-from flex.watch import body_of, watch_inputs
+from flex.select import Batch, watch_batches
 from flex_kernels import Experts, Router
 from flex_kernels.reference import route
 
@@ -43,22 +42,7 @@ def column_importance(model: nn.Module, batches: Iterable[Batch]) -> dict[str, t
     """
     blocks = moe_blocks(model)
     sums = {name: ColumnSums(block, adapter) for name, (block, adapter) in blocks.items()}
-    modules = {name: block for name, (block, _) in blocks.items()}
-    body = body_of(model)
-    was_training = [module for module in model.modules() if module.training]
-    number = -1
-    try:
-        model.eval()
-        with torch.no_grad(), gates_shut(model):
-            for number, batch in enumerate(checked_batches(batches)):
-                inputs = prepare(batch, number, body)
-                with watch_inputs(model, modules, lambda name, x_TH: sums[name].add(x_TH)):
-                    body(**inputs, use_cache=False)
-    finally:
-        for module in was_training:
-            module.training = True
-    if number < 0:
-        raise ValueError("calibration holds no batch: at least one batch of token ids is needed")
+    watch_batches(model, batches, blocks, lambda number, name, x_TH: sums[name].add(x_TH))
     return {name: layer.means() for name, layer in sums.items()}
 
 

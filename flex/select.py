@@ -9,8 +9,9 @@ Letters: T tokens of a batch (padding left out), H hidden, E routed experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,6 +87,35 @@ class Selection:
         return rows
 
 
+def watch_batches(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    blocks: Mapping[str, tuple[nn.Module, Adapter]],
+    see: Callable[[int, str, Tensor], None],
+) -> None:
+    """Run the frozen model over ``batches``; ``see`` gets a batch's number, a block's name and its x [T, H].
+
+    Raises:
+        TypeError, ValueError: no batch at all, or one of another form (named by its number).
+    """
+    modules = {name: block for name, (block, _) in blocks.items()}
+    body = body_of(model)
+    was_training = [module for module in model.modules() if module.training]
+    number = -1
+    try:
+        model.eval()
+        with torch.no_grad(), gates_shut(model):
+            for number, batch in enumerate(checked_batches(batches)):
+                inputs = prepare(batch, number, body)
+                with watch_inputs(model, modules, partial(see, number)):
+                    body(**inputs, use_cache=False)
+    finally:
+        for module in was_training:
+            module.training = True
+    if number < 0:
+        raise ValueError("calibration holds no batch: at least one batch of token ids is needed")
+
+
 def select_experts(model: nn.Module, batches: Iterable[Batch], backend: str | None = None) -> Selection:
     """Run the pretrained model over ``batches`` once and choose an expert for every MoE layer.
 
@@ -106,26 +136,12 @@ def select_experts(model: nn.Module, batches: Iterable[Batch], backend: str | No
     """
     blocks = moe_blocks(model)
     sums = {name: LayerSums(name, block, adapter, backend) for name, (block, adapter) in blocks.items()}
-    modules = {name: block for name, (block, _) in blocks.items()}
-    body = body_of(model)
-    was_training = [module for module in model.modules() if module.training]
-    number = -1
-    try:
-        model.eval()
-        with torch.no_grad(), gates_shut(model):
-            for number, batch in enumerate(checked_batches(batches)):
-                inputs = prepare(batch, number, body)
-                for layer in sums.values():
-                    layer.batch = number
-                with watch_inputs(model, modules, lambda name, x_TH: sums[name].add(x_TH)):
-                    body(**inputs, use_cache=False)
-    finally:
-        for module in was_training:
-            module.training = True
-    if number < 0:
-        raise ValueError(
-            "calibration holds no batch: at least one batch of token ids is needed to select experts"
-        )
+
+    def see(number: int, name: str, x_TH: Tensor) -> None:
+        sums[name].batch = number
+        sums[name].add(x_TH)
+
+    watch_batches(model, batches, blocks, see)
     return Selection(tuple(layer.result() for layer in sums.values()))
 
 

@@ -4,6 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/weights.h"
+#include "cpu/words.h"
 
 namespace {
 
@@ -61,9 +62,3 @@ struct Workspace {
 };
 
 }  // namespace
-
-#if defined(__AVX512F__)
-#include "cpu/words_avx512.h"
-#else
-#include "cpu/words_avx2.h"
-#endif

@@ -1,4 +1,4 @@
-// Words of packed operands for AVX-512: bfloat16 stays as it is, two to a word, for VDPBF16PS; float16 widens.
+// Words of bfloat16 for AVX-512: it stays as it is, two to a word, for VDPBF16PS. Included by words.h.
 #pragma once
 
 namespace {
@@ -33,31 +33,6 @@ inline void transpose(__m512i* r) {
     r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
   }
 }
-
-// Element types that are reduced as float32: one element a word.
-template <class E>
-struct Words {
-  static constexpr int kPerWord = 1;
-  // Words as an element type, and whether elements are stored as such.
-  using Word = Float32;
-  static constexpr bool kStoredWords = sizeof(typename E::T) == sizeof(float);
-  using T = typename E::T;
-
-  static V multiply_add(V a, V b, V c) { return fma(a, b, c); }
-
-  static __m512i words(const T* p, int n) { return _mm512_castps_si512(n >= W ? E::load(p) : E::load(p, n)); }
-  static V load_words(const T* p, int n) { return _mm512_castsi512_ps(words(p, n)); }
-  // The words of one row, up to two vectors of columns, and where their sums belong: in order already.
-  static void plain_words(const T* row, const T*, int columns, V& low, V& high) {
-    low = columns >= W ? E::load(row) : E::load(row, columns);
-    high = columns >= 2 * W ? E::load(row + W) : E::load(row + W, columns > W ? columns - W : 0);
-  }
-  static void settle(float*) {}
-
-  static void pack_row(const T* source, int64_t length, float* out) {
-    over(length, [&](int64_t k, int lanes) { Float32::store(out + k, get<E>(source + k, lanes)); });
-  }
-};
 
 template <>
 struct Words<BFloat16> {

@@ -1,4 +1,5 @@
-// Words of packed operands for AVX2: every element type is reduced as float32, one element a word.
+// Words of packed operands: every element type is reduced as float32, one element a word, but for bfloat16 with AVX-512.
+// Include vector_*.h and rows.h first.
 #pragma once
 
 namespace {
@@ -28,3 +29,7 @@ struct Words {
 };
 
 }  // namespace
+
+#if defined(__AVX512F__)
+#include "cpu/words_avx512.h"
+#endif
