@@ -153,13 +153,14 @@ def routing_targets(sections: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def client_ratios(records: Any) -> dict[str, Any]:
-    """A client's step: tokens a second and peak memory of every layer, and ours against each stock one."""
+    """A client's step: tokens a second and peak memory of every layer, and ours (recompute) against each other
+    one."""
     by_layer = {r["layer"]: r for r in records if "tokens_per_second" in r}
     found: dict[str, Any] = {
         name: {k: r[k] for k in ("tokens_per_second", "peak_bytes", "loaded_bytes")}
         for name, r in by_layer.items()
     }
-    ours = by_layer.get("flex_kernels")
+    ours = by_layer.get("flex-recompute")
     for name, r in by_layer.items():
         if ours is not None and r is not ours:
             found[name]["ours_times_as_fast"] = ours["tokens_per_second"] / r["tokens_per_second"]
@@ -217,7 +218,7 @@ def client_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for name, r in summary["client"].items():
         ratios = (number(r.get(what)) for what in ("ours_times_as_fast", "ours_peak_in_parts"))
         rows.append([name, number(r["tokens_per_second"], ",.0f"), number(r["peak_bytes"] / 2**30), *ratios])
-    return ["client's step", "tokens/s", "peak, GiB", "ours: times as fast", "ours: parts of its peak"], rows
+    return ["client's step", "tokens/s", "peak, GiB", "recompute: times as fast", "recompute: parts of its peak"], rows
 
 
 def plain_table(header: list[str], rows: list[list[str]]) -> str:

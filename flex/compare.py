@@ -1,9 +1,9 @@
 """The same federation step on the stock transformers layer and on ours: tokens per second and memory.
 
 A FLEx client's local steps (personal expert and gate in every layer, LoRA on attention, the same batches, the
-same AdamW) run with the layer computed in one of three ways: by flex_kernels, or by transformers' own block
-(``grouped_mm`` or ``eager``) with the personal expert and its gate beside it in plain torch. Each measurement
-is a fresh process, the ways take turns.
+same AdamW) run with the layer computed in one of four ways: by flex_kernels, keeping pre-activations or not, or
+by transformers' own block (``grouped_mm`` or ``eager``) with the personal expert and its gate beside it in
+plain torch. Each measurement is a fresh process, the ways take turns.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ from flex.progress import plural
 from flex.report.data import SPEED_FILE, median
 from flex.rows import ClientData
 
+# How flex_kernels' layer is called here, and what it keeps.
+OURS = {"flex-preact": "preact", "flex-recompute": "recompute"}
 LAYERS = {
-    "flex_kernels": "flex_kernels",
+    "flex_kernels, preact": "flex-preact",
+    "flex_kernels, recompute": "flex-recompute",
     "transformers, grouped_mm": "grouped_mm",
     "transformers, eager": "eager",
 }
@@ -94,7 +97,7 @@ def compare(
                 try:
                     sample = measure_in_process(layer, settings, batches)
                 except ComparisonError as error:
-                    if layer == "flex_kernels":
+                    if layer in OURS:
                         raise
                     failed[name] = str(error)
                     continue
@@ -128,7 +131,8 @@ def description(
         f"{median(tokens):,.0f} tokens, {config.model.dtype}). Each way ran in "
         f"{plural(repeats, 'fresh process')}, taking turns, {plural(steps, 'timed step')} after {WARM_UP} "
         "to warm up; medians. The stock layer computes the personal expert and its gate in plain torch "
-        "beside transformers' block. Memory above the loaded model includes the gradients and optimiser "
+        "beside transformers' block; ours keeps pre-activations for the backward pass (preact) or computes "
+        "them again (recompute). Memory above the loaded model includes the gradients and optimiser "
         "state of what is trained, the same for all."
     )
     if config.model.experts:
@@ -201,7 +205,7 @@ def measure(layer: str, config: Config, batches: Sequence[Batch]) -> dict[str, A
 
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    if layer != "flex_kernels":
+    if layer not in OURS:
         # transformers' layers know no quantised experts: they run on the model as it is.
         config = replace(config, model=replace(config.model, experts=""))
     model, _ = load_model(config)
@@ -213,14 +217,15 @@ def measure_model(model: Any, layer: str, config: Config, batches: Sequence[Batc
 
     Args:
         model: prepared in place, with a personal expert and LoRA, around the layer to measure.
-        layer: "flex_kernels", or one of transformers' own ("grouped_mm", "eager").
+        layer: one of OURS, or of transformers' own ("grouped_mm", "eager").
         batches: a step each; the first is not timed.
     """
     from flex.client import train_locally
     from flex.session import prepare_model
     from flex.strategies import STRATEGIES
 
-    if layer == "flex_kernels":
+    if layer in OURS:
+        config = replace(config, personal=replace(config.personal, save=OURS[layer]))
         prepare_model(model, config, STRATEGIES["flex"]())
     else:
         prepare_stock(model, config, layer)

@@ -141,4 +141,6 @@ class PersonalLoRA(nn.Module):
         frozen_gate_up, frozen_down = self.frozen(experts)
         gate_up = frozen_gate_up + self.scale * (self.gate_up_out @ self.gate_up_in)
         down = frozen_down + self.scale * (self.down_out @ self.down_in)
-        return Personal(gate_up, down, self.gate_weight, self.gate_bias)
+        # Autograd keeps these two: not in float32 beside bf16 experts.
+        dtype = self.frozen_dtype
+        return Personal(gate_up.to(dtype), down.to(dtype), self.gate_weight, self.gate_bias)

@@ -304,6 +304,8 @@ def experts_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.mix, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    # Without this, backward is handed zeros as large as the pre-activations.
+    ctx.set_materialize_grads(False)
 
 
 def experts_vjp(ctx: Any, grad_y: Tensor, *grad_preacts: Any) -> tuple:

@@ -38,7 +38,8 @@ def flex_moe(
         x: [..., H] float32, bfloat16, float16 (float64 on the reference backend); any strides.
         router: a :class:`Router`, or a :class:`Routed` decision [T, K] made elsewhere.
         experts: the routed experts, in x's dtype or quantised, and consumed as stored.
-        personal: the client's expert and gate; any float dtype, cast to x's for the products.
+        personal: the client's expert and gate; any float dtype, cast to x's for the products. The cast copy
+            lives within a pass: none is kept for the backward pass.
         shared: the shared expert; likewise.
         mix: ``"add"`` or ``"convex"``.
         save: ``"recompute"`` keeps x, ids, weights and gates for the backward pass (about 2H + 12K bytes a
@@ -62,12 +63,6 @@ def flex_moe(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, experts = x.to(dtype), Experts(cast(experts.gate_up, dtype), cast(experts.down, dtype))
-    if personal is not None:
-        personal = Personal(
-            personal.gate_up.to(x.dtype), personal.down.to(x.dtype), personal.gate_weight, personal.gate_bias
-        )
-    if shared is not None:
-        shared = Shared(shared.gate_up.to(x.dtype), shared.down.to(x.dtype), shared.gate_weight)
     name = resolve_backend(backend, x.device, x.dtype)
     x_TH = x.reshape(-1, x.shape[-1]).contiguous()
     # The custom ops choose their own dtypes; autocast would only convert the float32 router product.

@@ -19,9 +19,9 @@ def at_least_float32(t: Tensor) -> Tensor:
 
 
 def swiglu_ffn(x_TH: Tensor, gate_up_2IH: Tensor, down_HI: Tensor) -> Tensor:
-    """down (silu(gate x) * (up x)), [T, H]."""
-    gate_TI, up_TI = F.linear(x_TH, gate_up_2IH).chunk(2, dim=-1)
-    return F.linear(F.silu(gate_TI) * up_TI, down_HI)
+    """down (silu(gate x) * (up x)), [T, H] in x's dtype, to which the weights are cast."""
+    gate_TI, up_TI = F.linear(x_TH, gate_up_2IH.to(x_TH.dtype)).chunk(2, dim=-1)
+    return F.linear(F.silu(gate_TI) * up_TI, down_HI.to(x_TH.dtype))
 
 
 def sigmoid_gate(x_TH: Tensor, weight_H: Tensor, bias: Tensor | None) -> Tensor:

@@ -51,7 +51,12 @@ def test_the_demo_trains_compares_and_reports(place, capsys):
     content = json.loads((out / SPEED_FILE).read_text())
     assert content["failed"] == {}
     names = [layer["name"] for layer in content["layers"]]
-    assert names == ["flex_kernels", "transformers, grouped_mm", "transformers, eager"]
+    assert names == [
+        "flex_kernels, preact",
+        "flex_kernels, recompute",
+        "transformers, grouped_mm",
+        "transformers, eager",
+    ]
     assert all(
         layer["tokens_per_second"][0] > 0 and layer["extra_memory"][0] > 0 for layer in content["layers"]
     )
@@ -129,7 +134,8 @@ def test_a_stock_layer_that_fails_is_left_out_and_named(place, tmp_path, monkeyp
     monkeypatch.setattr(compare, "measure_in_process", measured)
     config = tiny_config(place / "model", place / "rows.jsonl", place / "unused")
     content = json.loads(compare.compare(config, load_clients(config), tmp_path, repeats=2).read_text())
-    assert [layer["name"] for layer in content["layers"]] == ["flex_kernels", "transformers, eager"]
+    measured_layers = ["flex_kernels, preact", "flex_kernels, recompute", "transformers, eager"]
+    assert [layer["name"] for layer in content["layers"]] == measured_layers
     assert content["layers"][0]["extra_memory"] == [4, 4]
     assert content["what"].endswith("Not measured: no grouped_mm here.")
 

@@ -43,7 +43,7 @@ SECTIONS = {
     ],
     "routing": [{"tokens": 8192, "both_ms": 0.09, "both_graph_ms": 0.024}],
     "client": [
-        {"layer": "flex_kernels", "tokens_per_second": 300.0, "peak_bytes": 50, "loaded_bytes": 1},
+        {"layer": "flex-recompute", "tokens_per_second": 300.0, "peak_bytes": 50, "loaded_bytes": 1},
         {"layer": "eager", "tokens_per_second": 100.0, "peak_bytes": 100, "loaded_bytes": 1},
     ],
 }

@@ -1,5 +1,7 @@
 """What the layer keeps for its backward pass, counted in bytes, and what it never allocates."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import make_case
@@ -47,12 +49,21 @@ def test_preact_keeps_the_pre_activations_too():
     assert per_token <= 2 * H + 12 * K + 2 * (2 * I) * K + 2 * (2 * personal_width)
 
 
+def test_no_cast_copy_of_a_float32_personal_expert_is_kept():
+    case, wide = training_case(8), training_case(8)
+    own = wide.personal
+    gate_up, down = (t.detach().float().requires_grad_() for t in (own.gate_up, own.down))
+    wide = replace(wide, personal=replace(own, gate_up=gate_up, down=down))
+    assert kept_bytes(wide, "recompute") == kept_bytes(case, "recompute")
+
+
 class LargestAllocation(TorchDispatchMode):
-    """Records the largest tensor that any torch operation returns."""
+    """Records the largest tensor that any torch operation returns, and the shape of each."""
 
     def __init__(self):
         super().__init__()
         self.bytes = 0
+        self.shapes = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         inputs = {
@@ -64,7 +75,17 @@ class LargestAllocation(TorchDispatchMode):
         for t in tree_flatten(out)[0]:
             if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in inputs:
                 self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+                self.shapes.add(tuple(t.shape))
         return out
+
+
+def test_backward_is_handed_no_zeros_in_the_shape_of_the_pre_activations():
+    case = training_case(65)
+    y = flex_moe(case.x_TH, case.router, case.experts, case.personal, save="preact")
+    with LargestAllocation() as backward:
+        y.sum().backward()
+    assert case.x_TH.shape in backward.shapes
+    assert (65 * 4, 2 * 128) not in backward.shapes
 
 
 @pytest.mark.parametrize("save", ["recompute", "preact"])

@@ -42,7 +42,7 @@ def test_without_a_gpu_the_suite_checks_measures_and_compiles(one_kernel, tmp_pa
     assert {r["name"] for r in found["measurements"] if "failed" in r} == set()
     assert found.get("parts", []) == [], "no part was stopped or failed"
     steps = {r["layer"]: r for r in found["client"]}
-    assert list(steps) == ["flex_kernels", "grouped_mm", "eager"]
+    assert list(steps) == ["flex-recompute", "grouped_mm", "eager", "flex-preact"]
     # The same model, batches and start: the losses agree up to bfloat16.
     for step in steps.values():
         assert len(step["losses"]) == 4 and step["trained"] == steps["eager"]["trained"]

@@ -84,7 +84,7 @@ class Speed:
     """One way to compute the layer in one federation step, from :mod:`flex.compare`.
 
     Attributes:
-        name: for example "flex_kernels" or "transformers, grouped_mm".
+        name: for example "flex_kernels, preact" or "transformers, grouped_mm".
         tokens_per_second: of each timed process (their medians).
         extra_memory: bytes above the loaded model, of each process.
         peak_memory: bytes, of each process.

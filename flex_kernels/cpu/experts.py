@@ -14,8 +14,8 @@ from flex_kernels.cpu.plan import WEIGHT_ROWS, Group, Plan, attach_preacts, make
 from flex_kernels.quantize import Quantized
 
 
-def pair(gate_up: Tensor | None, down: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if gate_up is None or down is None else (gate_up, down)
+def pair(gate_up: Tensor | None, down: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    return None if gate_up is None or down is None else (gate_up.to(dtype), down.to(dtype))
 
 
 def weights_of(stored: Tensor, scales: Tensor | None, columns: int) -> Tensor | Quantized:
@@ -43,8 +43,8 @@ def experts_forward(
     ``autograd.experts``.
     """
     ops.warn_if_missing()
-    personal = pair(personal_gate_up_2IH, personal_down_HI)
-    shared = pair(shared_gate_up_2IH, shared_down_HI)
+    personal = pair(personal_gate_up_2IH, personal_down_HI, x_TH.dtype)
+    shared = pair(shared_gate_up_2IH, shared_down_HI, x_TH.dtype)
     gate_up = weights_of(gate_up_E2IH, gate_up_scales, x_TH.shape[1])
     down = weights_of(down_EHI, down_scales, gate_up_E2IH.shape[1] // 2)
     plan = make_plan(ids_TK, weights_TK, gate_up, down, personal, gate_T, shared, shared_gate_T, mix)
@@ -94,8 +94,8 @@ def experts_backward(
     shared gate); zero elements where ``needs`` is false. See ``autograd.experts_backward``."""
     need_x, need_weights, need_up, need_down, need_p_up, need_p_down, need_gate, *need_shared = needs
     need_s_up, need_s_down, need_s_gate = need_shared
-    personal = pair(personal_gate_up_2IH, personal_down_HI)
-    shared = pair(shared_gate_up_2IH, shared_down_HI)
+    personal = pair(personal_gate_up_2IH, personal_down_HI, x_TH.dtype)
+    shared = pair(shared_gate_up_2IH, shared_down_HI, x_TH.dtype)
     gate_up = weights_of(gate_up_E2IH, gate_up_scales, x_TH.shape[1])
     down = weights_of(down_EHI, down_scales, gate_up_E2IH.shape[1] // 2)
     plan = make_plan(ids_TK, weights_TK, gate_up, down, personal, gate_T, shared, shared_gate_T, mix)

@@ -63,11 +63,13 @@ class Group:
         return out_nH
 
     def add_gradient(self, gradient: Tensor, left_nA: Tensor, right_nB: Tensor) -> None:
-        """gradient [A, B] += left^T right"""
-        if self.rows == left_nA.shape[0] and gradient.dtype == left_nA.dtype:
+        """gradient [A, B] = left^T right of all the group's rows, or += of a part of them."""
+        if self.rows > left_nA.shape[0]:
+            gradient += torch.mm(left_nA.t(), right_nB)
+        elif gradient.dtype == left_nA.dtype:
             torch.mm(left_nA.t(), right_nB, out=gradient)
         else:
-            gradient += torch.mm(left_nA.t(), right_nB)
+            gradient.copy_(torch.mm(left_nA.t(), right_nB))
 
 
 @dataclass

@@ -82,12 +82,14 @@ def routed_block(
     return Block(gate_up_E2IH, down_EHI, groups, plan), inverse_TK
 
 
-def dense_block(gate_up_2IH: Tensor | None, down_HI: Tensor | None, tokens: int) -> Block | None:
+def dense_block(x_TH: Tensor, gate_up_2IH: Tensor | None, down_HI: Tensor | None) -> Block | None:
+    """An expert that every token passes through, its weights cast to x's dtype."""
     if gate_up_2IH is None or down_HI is None:
         return None
-    H, I = down_HI.shape
-    plan = plan_for(down_HI.device, down_HI.dtype, H, I, 1, 1, tokens)
-    return Block(gate_up_2IH[None], down_HI[None], dense(tokens, plan.m), plan)
+    (H, I), T = down_HI.shape, x_TH.shape[0]
+    plan = plan_for(x_TH.device, x_TH.dtype, H, I, 1, 1, T)
+    gate_up_E2IH, down_EHI = gate_up_2IH[None].to(x_TH.dtype), down_HI[None].to(x_TH.dtype)
+    return Block(gate_up_E2IH, down_EHI, dense(T, plan.m), plan)
 
 
 def block_forward(x_TH: Tensor, block: Block | None, save_preact: bool) -> tuple[Tensor | None, Tensor]:
@@ -135,10 +137,10 @@ def experts_forward(
         )
         y_NH, preact_N2I = block_forward(x_TH, routed, save_preact)
         personal_TH, personal_preact = block_forward(
-            x_TH, dense_block(personal_gate_up_2IH, personal_down_HI, T), save_preact
+            x_TH, dense_block(x_TH, personal_gate_up_2IH, personal_down_HI), save_preact
         )
         shared_TH, shared_preact = block_forward(
-            x_TH, dense_block(shared_gate_up_2IH, shared_down_HI, T), save_preact
+            x_TH, dense_block(x_TH, shared_gate_up_2IH, shared_down_HI), save_preact
         )
         y_TH = helpers.combine(
             y_NH,
@@ -279,7 +281,7 @@ def experts_backward(
         personal = block_backward(
             grad_y_TH,
             x_TH,
-            dense_block(personal_gate_up_2IH, personal_down_HI, T),
+            dense_block(x_TH, personal_gate_up_2IH, personal_down_HI),
             personal_preact_T2I,
             gate_T,
             None,
@@ -288,7 +290,7 @@ def experts_backward(
         shared = block_backward(
             grad_y_TH,
             x_TH,
-            dense_block(shared_gate_up_2IH, shared_down_HI, T),
+            dense_block(x_TH, shared_gate_up_2IH, shared_down_HI),
             shared_preact_T2I,
             shared_gate_T,
             damp_T,
@@ -317,11 +319,20 @@ def experts_backward(
         dx_TH,
         dweights_TK,
         *(x_TH.new_empty(0) if g is None else g for g in (routed.dgate_up_E2IH, routed.ddown_EHI)),
-        *(x_TH.new_empty(0) if g is None else g[0] for g in (personal.dgate_up_E2IH, personal.ddown_EHI)),
+        dense_gradient(personal.dgate_up_E2IH, personal_gate_up_2IH, x_TH),
+        dense_gradient(personal.ddown_EHI, personal_down_HI, x_TH),
         dgate_T,
-        *(x_TH.new_empty(0) if g is None else g[0] for g in (shared.dgate_up_E2IH, shared.ddown_EHI)),
+        dense_gradient(shared.dgate_up_E2IH, shared_gate_up_2IH, x_TH),
+        dense_gradient(shared.ddown_EHI, shared_down_HI, x_TH),
         dshared_gate_T,
     )
+
+
+def dense_gradient(gradient_1AB: Tensor | None, weight_AB: Tensor | None, x_TH: Tensor) -> Tensor:
+    """[A, B] in the weight's own dtype, or zero elements where there is none."""
+    if gradient_1AB is None or weight_AB is None:
+        return x_TH.new_empty(0)
+    return gradient_1AB[0].to(weight_AB.dtype)
 
 
 def zeros_unless_skipped(needed: bool, like: Tensor) -> Tensor:
