@@ -40,7 +40,7 @@ def test_odd_sizes_and_many_rows_an_expert(engine, dtype, kind):  # noqa: F811
     agree(quantised(with_fixed_routing(make_case(T=215, H=129, E=2, K=2, I=131, dtype=dtype)), kind))
 
 
-@pytest.mark.parametrize("H, I", [(256, 128), (1601, 3), (3, 1409), (320, 352)])
+@pytest.mark.parametrize("H, I", [(256, 128), (1601, 3), (3, 1409), (320, 352), (112, 176)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_groups_and_long_reductions(engine, kind, H, I):  # noqa: F811
     for T in (9, 70):

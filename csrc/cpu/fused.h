@@ -177,7 +177,7 @@ void down_backward(const Segment* segments, int64_t count, int64_t hidden, float
   for (int64_t i = 0; i < count; ++i) thin = thin || PackedCut::is_thin(segments[i]);
   // A slice reads a stretch of every weight row, each on a page of its own: where reading is the bound, a long one.
   const int64_t most = thin ? 2 * flex::kThinColumns : flex::kSliceColumns;
-  const int64_t share = pieces(hidden, int64_t{2} * threads * kPanelColumns) * kPanelColumns;
+  const int64_t share = pieces(hidden, int64_t{thin ? 1 : 2} * threads * kPanelColumns) * kPanelColumns;
   const int64_t width = even_width(hidden, smaller(most, share), threads, slice_unit(segments, count));
   const auto columns_of = [&](int64_t i, int64_t column, int64_t columns) {
     return WeightColumns<E>{gate_up_of<E>(segments[i]).from(0, column), columns, 2 * segments[i].width};

@@ -9,9 +9,7 @@ namespace {
 
 constexpr int64_t kMostDotCodeRows = 8;  // beyond, a weight is used often enough to be decoded into a strip once
 constexpr int64_t kGroup = flex::kGroupColumns;
-constexpr int64_t kInt8AxpyRows = 8, kNf4AxpyRows = 6;
 constexpr int64_t kCodeDepth = 64;  // weight rows at a time where they are added up
-constexpr int64_t kCodeBytes = 256;  // bytes of each at a time
 
 // Lines of weights that a product fetches while it multiplies, one at a time: a burst would leave memory idle after it.
 struct Coming {
@@ -127,57 +125,58 @@ inline __m512i int8_pairs(const char* one, const char* two) {
   return _mm512_or_si512(_mm512_srli_epi32(values(one), 16), values(two));
 }
 
-// c [M, 32] (+)= a [M, length] times `length` rows of int8 codes, kCodeBytes bytes apart and an even number of them; a
+// c [M, COUNT vectors] (+)= a [M, length] times `length` rows of int8 codes, ld bytes apart and an even number of them; a
 // already carries their scales.
-template <int M>
-void int8_axpy(const char* code, int64_t length, const float* a, int64_t lda, float* c, int64_t ldc, bool accumulate,
-               Coming coming) {
-  V sums[M][2];
-#pragma GCC unroll 8
+template <int M, int COUNT>
+void int8_axpy(const char* code, int64_t ld, int64_t length, const float* a, int64_t lda, float* c, int64_t ldc,
+               bool accumulate, Coming coming) {
+  V sums[M][COUNT];
+#pragma GCC unroll 12
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-    for (int q = 0; q < 2; ++q) sums[m][q] = accumulate ? Float32::load(c + m * ldc + q * W) : set1(0.0f);
-  for (int64_t k = 0; k < length; k += 2, code += 2 * kCodeBytes) {
+#pragma GCC unroll 4
+    for (int q = 0; q < COUNT; ++q) sums[m][q] = accumulate ? Float32::load(c + m * ldc + q * W) : set1(0.0f);
+  for (int64_t k = 0; k < length; k += 2, code += 2 * ld) {
     if (coming.at) coming.fetch(k), coming.fetch(k + 1);
-    const __m512i low = int8_pairs(code, code + kCodeBytes), high = int8_pairs(code + W, code + W + kCodeBytes);
-#pragma GCC unroll 8
+    __m512i words[COUNT];
+#pragma GCC unroll 4
+    for (int q = 0; q < COUNT; ++q) words[q] = int8_pairs(code + q * W, code + q * W + ld);
+#pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
       const __m512i word = _mm512_castps_si512(set1(a[m * lda + k / 2]));
-      sums[m][0] = dot_words(sums[m][0], word, low);
-      sums[m][1] = dot_words(sums[m][1], word, high);
+#pragma GCC unroll 4
+      for (int q = 0; q < COUNT; ++q) sums[m][q] = dot_words(sums[m][q], word, words[q]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-    for (int q = 0; q < 2; ++q) Float32::store(c + m * ldc + q * W, sums[m][q]);
+#pragma GCC unroll 4
+    for (int q = 0; q < COUNT; ++q) Float32::store(c + m * ldc + q * W, sums[m][q]);
 }
 
-// c [M, 64] (+)= a [M, length] times `length` rows of NF4 codes of one group, kCodeBytes bytes apart and an even number
-// of them; a already carries their scales. c in the order that settle_nf4 undoes.
+// The same for a group of NF4 codes. c in the order that settle_nf4 undoes.
 template <int M>
-void nf4_axpy(const char* code, int64_t length, const float* a, int64_t lda, float* c, int64_t ldc, bool accumulate,
-              Coming coming) {
+void nf4_axpy(const char* code, int64_t ld, int64_t length, const float* a, int64_t lda, float* c, int64_t ldc,
+              bool accumulate, Coming coming) {
   const __m512i table = nf4_table(nf4_level_values(), set1(1.0f));
   V sums[M][4];
-#pragma GCC unroll 8
+#pragma GCC unroll 6
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) sums[m][q] = accumulate ? Float32::load(c + m * ldc + q * W) : set1(0.0f);
-  for (int64_t k = 0; k < length; k += 2, code += 2 * kCodeBytes) {
+  for (int64_t k = 0; k < length; k += 2, code += 2 * ld) {
     if (coming.at) coming.fetch(k), coming.fetch(k + 1);
     const Levels one = nf4_levels(thirty_two_bytes(code, 32), table);
-    const Levels two = nf4_levels(thirty_two_bytes(code + kCodeBytes, 32), table);
+    const Levels two = nf4_levels(thirty_two_bytes(code + ld, 32), table);
     const __m512i words[4] = {_mm512_unpacklo_epi16(one.even, two.even), _mm512_unpackhi_epi16(one.even, two.even),
                               _mm512_unpacklo_epi16(one.odd, two.odd), _mm512_unpackhi_epi16(one.odd, two.odd)};
-#pragma GCC unroll 8
+#pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
       const __m512i word = _mm512_castps_si512(set1(a[m * lda + k / 2]));
 #pragma GCC unroll 4
       for (int q = 0; q < 4; ++q) sums[m][q] = dot_words(sums[m][q], word, words[q]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 6
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) Float32::store(c + m * ldc + q * W, sums[m][q]);
@@ -221,7 +220,7 @@ inline void split_even_odd(float* row, int64_t words) {
 
 using CodeDot = void (*)(const Weight<BFloat16>&, int64_t, int64_t, int64_t, const float*, int64_t, float*, int64_t,
                          bool);
-using CodeAxpy = void (*)(const char*, int64_t, const float*, int64_t, float*, int64_t, bool, Coming);
+using CodeAxpy = void (*)(const char*, int64_t, int64_t, const float*, int64_t, float*, int64_t, bool, Coming);
 
 // Rows of weights at a time with so many rows: as many sums as fit in the registers.
 inline int64_t dot_weights(int64_t rows) { return rows > 4 ? 2 : 4; }
@@ -238,19 +237,27 @@ inline CodeDot code_dot_of(bool nf4, bool several, int64_t rows) {
   return several ? Dots::several[nf4][rows - 1] : Dots::one[nf4][rows - 1];
 }
 
-inline CodeAxpy code_axpy_of(bool nf4, int64_t rows) {
-  static const CodeAxpy int8[] = {int8_axpy<1>, int8_axpy<2>, int8_axpy<3>, int8_axpy<4>,
-                                  int8_axpy<5>, int8_axpy<6>, int8_axpy<7>, int8_axpy<8>};
-  static const CodeAxpy four_bits[] = {nf4_axpy<1>, nf4_axpy<2>, nf4_axpy<3>, nf4_axpy<4>, nf4_axpy<5>, nf4_axpy<6>};
-  return nf4 ? four_bits[rows - 1] : int8[rows - 1];
-}
+// Rows of A whose sums over 64 columns are in the registers at once, and over half of them: int8 codes are dearer to
+// decode than to read twice.
+constexpr int64_t kWholeRows = 6, kHalfRows = 12;
 
-// Bytes of a row in whole vectors, zeros after the last.
-inline void copy_bytes(const char* from, int64_t bytes, char* to) {
-  int64_t i = 0;
-  for (; i + 64 <= bytes; i += 64) _mm512_store_si512(to + i, _mm512_loadu_si512(from + i));
-  const auto rest = static_cast<__mmask64>((uint64_t{1} << (bytes - i)) - 1);
-  if (i < kCodeBytes) _mm512_store_si512(to + i, _mm512_maskz_loadu_epi8(rest, from + i));
+template <int... M>
+struct CodeAxpys {
+  static constexpr CodeAxpy nf4[] = {nf4_axpy<M>...};
+  static constexpr CodeAxpy whole[] = {int8_axpy<M, 4>...};
+  static constexpr CodeAxpy half[] = {int8_axpy<M, 2>..., int8_axpy<kWholeRows + M, 2>...};
+};
+
+// c [rows, 64] (+)= a times 64 columns of codes; of int8, whose c may have room for 32 alone, as many as there are.
+inline void add_code_columns(bool nf4, int64_t rows, int64_t columns, const char* code, int64_t ld, int64_t length,
+                             const float* a, float* c, int64_t ldc, bool accumulate, Coming coming) {
+  using Axpys = CodeAxpys<1, 2, 3, 4, 5, 6>;
+  constexpr int64_t lda = kCodeDepth / 2;
+  if (nf4) return Axpys::nf4[rows - 1](code, ld, length, a, lda, c, ldc, accumulate, coming);
+  if (rows <= kWholeRows && columns > kPanelColumns)
+    return Axpys::whole[rows - 1](code, ld, length, a, lda, c, ldc, accumulate, coming);
+  for (int64_t j = 0; j < columns && j < kGroup; j += kPanelColumns)
+    Axpys::half[rows - 1](code + j, ld, length, a, lda, c + j, ldc, accumulate, j ? Coming{} : coming);
 }
 
 // Scales of kCodeDepth rows by group, those of even rows apart from those of odd ones; zeros beyond the rows.
@@ -278,13 +285,13 @@ struct GroupScales {
   }
 };
 
-// c (+)= the rows, packed at `a` as they are, times the weight's rows from k0 on; plain (see thin_product).
+// c (+)= the rows, packed at `a` as they are, times the weight's rows from k0 on; plain (see thin_product). Codes are
+// read where they lie, but for the last columns and an odd last row, which are copied beside zeros.
 inline void add_code_rows(const Weight<BFloat16>& weight, int64_t k0, int64_t length, int64_t rows, int64_t columns,
                           const float* a, int64_t lda, float* c, int64_t ldc) {
   const bool nf4 = weight.kind == flex::kNf4;
-  const int64_t wide = nf4 ? kGroup : kPanelColumns, stretch = nf4 ? 2 * kCodeBytes : kCodeBytes;
   alignas(64) float scaled[flex::kThinCodeRows][kCodeDepth / 2];
-  alignas(64) char codes[kCodeDepth * kCodeBytes];
+  alignas(64) char copied[kCodeDepth][kGroup];
   GroupScales scales;
   const auto scale_rows = [&](int64_t d, int64_t group) {
     for (int64_t r = 0; r < rows; ++r)
@@ -296,21 +303,25 @@ inline void add_code_rows(const Weight<BFloat16>& weight, int64_t k0, int64_t le
       scales.load(weight, k0 + d, depth, 0, 1);
       scale_rows(d, 0);
     }
-    for (int64_t start = 0; start < columns; start += stretch) {
-      const int64_t some = smaller(stretch, columns - start), bytes = nf4 ? pieces(some, 2) : some;
-      const int64_t group = start / kGroup % GroupScales::kGroups;
+    for (int64_t j = 0; j < columns; j += kGroup) {
+      const int64_t some = smaller(kGroup, columns - j), group = j / kGroup % GroupScales::kGroups;
       if (nf4 && !group)
-        scales.load(weight, k0 + d, depth, (weight.column + start) / kGroup, pieces(columns - start, kGroup));
-      for (int64_t i = 0; i < pairs; ++i)
-        copy_bytes(weight.byte(k0 + d + i, start), i < depth ? bytes : 0, codes + i * kCodeBytes);
-      for (int64_t j = 0; j < some; j += wide) {
-        if (nf4) scale_rows(d, group + j / kGroup);
-        const Coming coming{weight.byte(k0 + d + kCodeDepth, start + j), weight.ld};
-        evenly(rows, nf4 ? kNf4AxpyRows : kInt8AxpyRows, [&](int64_t m, int64_t count) {
-          code_axpy_of(nf4, count)(codes + (nf4 ? j / 2 : j), pairs, scaled[m], kCodeDepth / 2,
-                                c + m * ldc + start + j, ldc, k0 + d > 0, m || j / wide % 2 ? Coming{} : coming);
-        });
+        scales.load(weight, k0 + d, depth, (weight.column + j) / kGroup, pieces(columns - j, kGroup));
+      if (nf4) scale_rows(d, group);
+      const char* code = weight.byte(k0 + d, j);
+      int64_t ld = weight.ld;
+      if (depth % 2 || some < kGroup) {
+        const auto there = static_cast<__mmask64>(~uint64_t{0} >> (kGroup - (nf4 ? pieces(some, 2) : some)));
+        for (int64_t i = 0; i < pairs; ++i)
+          _mm512_store_si512(copied[i], _mm512_maskz_loadu_epi8(i < depth ? there : 0, code + i * ld));
+        code = copied[0], ld = kGroup;
       }
+      // A line holds the NF4 codes of two groups.
+      const Coming coming{nf4 && group % 2 ? nullptr : weight.byte(k0 + d + kCodeDepth, j), weight.ld};
+      evenly(rows, nf4 ? kWholeRows : kHalfRows, [&](int64_t m, int64_t count) {
+        add_code_columns(nf4, count, some, code, ld, pairs, scaled[m], c + m * ldc + j, ldc, k0 + d > 0,
+                         m ? Coming{} : coming);
+      });
     }
   }
 }
