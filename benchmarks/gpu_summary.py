@@ -153,8 +153,8 @@ def routing_targets(sections: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def client_ratios(records: Any) -> dict[str, Any]:
-    """A client's step: tokens a second and peak memory of every layer, and ours (recompute) against each other
-    one."""
+    """A client's step: tokens a second and peak memory of every layer, and ours (recompute) against each
+    other."""
     by_layer = {r["layer"]: r for r in records if "tokens_per_second" in r}
     found: dict[str, Any] = {
         name: {k: r[k] for k in ("tokens_per_second", "peak_bytes", "loaded_bytes")}
@@ -218,7 +218,13 @@ def client_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for name, r in summary["client"].items():
         ratios = (number(r.get(what)) for what in ("ours_times_as_fast", "ours_peak_in_parts"))
         rows.append([name, number(r["tokens_per_second"], ",.0f"), number(r["peak_bytes"] / 2**30), *ratios])
-    return ["client's step", "tokens/s", "peak, GiB", "recompute: times as fast", "recompute: parts of its peak"], rows
+    return [
+        "client's step",
+        "tokens/s",
+        "peak, GiB",
+        "recompute: times as fast",
+        "recompute: parts of its peak",
+    ], rows
 
 
 def plain_table(header: list[str], rows: list[list[str]]) -> str:

@@ -1,9 +1,9 @@
 """The same federation step on the stock transformers layer and on ours: tokens per second and memory.
 
 A FLEx client's local steps (personal expert and gate in every layer, LoRA on attention, the same batches, the
-same AdamW) run with the layer computed in one of four ways: by flex_kernels, keeping pre-activations or not, or
-by transformers' own block (``grouped_mm`` or ``eager``) with the personal expert and its gate beside it in
-plain torch. Each measurement is a fresh process, the ways take turns.
+same AdamW) run with the layer computed in one of four ways: by flex_kernels, with pre-activations kept or
+not, or by transformers' own block (``grouped_mm`` or ``eager``) with the personal expert and its gate beside
+it in plain torch. Each measurement is a fresh process, the ways take turns.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from cases import Case, assert_close, make_case, with_fixed_routing
 
 from flex_kernels import Experts, Routed, cpu, flex_moe
 from flex_kernels.cpu import blocks, experts, fallback, fused, ops
-from flex_kernels.cpu.plan import Group
+from flex_kernels.cpu.plan import Block, Group
 
 ISAS = ops.kernels.isas() if ops.kernels is not fallback else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -206,8 +206,8 @@ def test_weights_with_padded_rows_are_read_as_stored():
 
 
 def group_of(rows: int, width: int, hidden: int = 8, **more) -> Group:
-    weights = torch.zeros(2 * width, hidden), torch.zeros(hidden, width)
-    return Group(*weights, torch.arange(rows, dtype=torch.int32), torch.ones(rows), **more)
+    weights = torch.zeros(1, 2 * width, hidden), torch.zeros(1, hidden, width)
+    return Block(*weights, torch.arange(rows, dtype=torch.int32), torch.ones(rows), **more).group()
 
 
 def test_batches_cover_every_row_once_within_the_budget():
@@ -216,7 +216,7 @@ def test_batches_cover_every_row_once_within_the_budget():
     for group in groups:
         rows = [r for b in work for s in b if s.group is group for r in range(s.start, s.end)]
         assert rows == list(range(group.tokens_n.shape[0]))
-    total = sum(g.tokens_n.shape[0] * fused.room(g.down_HI.shape[1]) for g in groups)
+    total = sum(g.tokens_n.shape[0] * fused.room(g.width) for g in groups)
     assert fused.widest_batch(work) <= max(total // fused.PARTS, fused.FEWEST_ROWS * 64)
     for batch in work:
         assert [s.at for s in batch] == [sum(p.elements for p in batch[:i]) for i in range(len(batch))]
@@ -229,7 +229,7 @@ def test_weights_that_backward_reads_twice_share_a_batch_only_within_the_limit()
     assert [len(b) for b in fused.batches(groups, most_bytes=2 * size)] == [2, 2, 1]
     assert [len(b) for b in fused.batches(groups, most_bytes=1)] == [1] * 5
     many = group_of(fused.FEW_ROWS + 1, 16)
-    kept = group_of(2, 16, preact_n2I=torch.zeros(2, 32))
+    kept = group_of(2, 16, preact_N2I=torch.zeros(2, 32))
     assert fused.bytes_read_twice(many) == fused.bytes_read_twice(kept) == 0
     assert len(fused.batches([kept, many], most_bytes=1)) == 1
 

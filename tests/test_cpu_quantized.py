@@ -13,7 +13,7 @@ from test_cpu_backend import DTYPES, ISAS, agree, engine, make_case, one_expert_
 
 from flex_kernels import Experts
 from flex_kernels.cpu import experts, fused, ops
-from flex_kernels.cpu.plan import Group
+from flex_kernels.cpu.plan import Block
 from flex_kernels.quantize import quantize
 
 KINDS = ["int8", "nf4"]
@@ -144,12 +144,12 @@ def test_codes_may_be_views_of_larger_memory(engine, kind):  # noqa: F811
 
 @pytest.mark.skipif(not FUSED, reason="no fused kernels on this processor")
 def test_scales_that_the_kernels_cannot_read_go_to_the_other_engine():
-    weight = quantize(torch.randn(4, 130), "nf4")
+    weight = quantize(torch.randn(1, 4, 130), "nf4")
     tokens, scale = torch.zeros(1, dtype=torch.int32), torch.ones(1)
-    plain = torch.randn(130, 2)
-    strided = replace(weight, scales=weight.scales.t().contiguous().t())
-    assert fused.serves([Group(weight, plain, tokens, scale)])
-    assert not fused.serves([Group(strided, plain, tokens, scale)])
+    plain = torch.randn(1, 130, 2)
+    strided = replace(weight, scales=weight.scales.mT.contiguous().mT)
+    assert fused.serves([Block(weight, plain, tokens, scale).group()])
+    assert not fused.serves([Block(strided, plain, tokens, scale).group()])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -59,10 +59,8 @@ def times(rows_nR: Tensor, weight_RC: Tensor | Quantized, out_nC: Tensor) -> Non
 
 
 def row_blocks(group: Group) -> list[slice]:
-    rows = group.tokens_n.shape[0]
-    whole = group.dgate_up_2IH is not None or group.ddown_HI is not None
-    size = WEIGHT_ROWS if whole else BLOCK_ROWS
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    size = WEIGHT_ROWS if group.block.trained else BLOCK_ROWS
+    return [slice(start, min(start + size, group.rows)) for start in range(0, group.rows, size)]
 
 
 def forward(x_TH: Tensor, groups: list[Group], out_TH: Tensor) -> None:

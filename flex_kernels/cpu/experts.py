@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flex_kernels.cpu import blocks, fused, ops
-from flex_kernels.cpu.plan import WEIGHT_ROWS, Group, Plan, attach_preacts, make_plan
+from flex_kernels.cpu.plan import WEIGHT_ROWS, Block, Group, Plan, attach_preacts, make_plan
 from flex_kernels.quantize import Quantized
 
 
@@ -61,7 +61,7 @@ def experts_forward(
         kept(tokens, shared_gate_up_2IH),
     )
     attach_preacts(plan, *preacts)
-    groups = plan.routed + [g for g in (plan.shared, plan.personal) if g is not None]
+    groups = plan.routed_groups() + [b.group() for b in (plan.shared, plan.personal) if b is not None]
     sum_TH = ops.kernels.empty(*x_TH.shape, dtype=torch.float32).zero_()
     engine = fused if fused.serves(groups) else blocks
     engine.forward(x_TH, groups, sum_TH)
@@ -110,31 +110,27 @@ def experts_backward(
             return torch.empty(like.shape, dtype=like.dtype)
         return torch.zeros(like.shape, dtype=like.dtype if not tokens else torch.float32)
 
+    plan.routed.dscale_N = torch.zeros(ids_TK.numel())
     # Stacks keep their own dtype: a second, wider buffer of that size would dwarf everything else.
-    dgate_up = torch.zeros_like(gate_up_E2IH) if need_up else None
-    ddown = torch.zeros_like(down_EHI) if need_down else None
+    plan.routed.dgate_up_E2IH = torch.zeros_like(gate_up_E2IH) if need_up else None
+    plan.routed.ddown_EHI = torch.zeros_like(down_EHI) if need_down else None
     dp_gate_up, dp_down = buffer(need_p_up, personal_gate_up_2IH), buffer(need_p_down, personal_down_HI)
     ds_gate_up, ds_down = buffer(need_s_up, shared_gate_up_2IH), buffer(need_s_down, shared_down_HI)
-    dscale_N = torch.zeros(ids_TK.numel())
 
     groups: list[Group] = []
     gate_needs_rest = need_gate and plan.closed_T is not None
     if need_x or need_weights or need_up or need_down or gate_needs_rest:
-        for e, group in zip(plan.experts_used, plan.routed):
-            group.dscale_n = dscale_N[plan.offsets[e] : plan.offsets[e + 1]]
-            group.dgate_up_2IH = None if dgate_up is None else dgate_up[e]
-            group.ddown_HI = None if ddown is None else ddown[e]
-            groups.append(group)
+        groups += plan.routed_groups()
     if plan.shared is not None and (need_x or any(need_shared) or gate_needs_rest):
-        add_dense(groups, plan.shared, tokens, ds_gate_up, ds_down)
+        groups.append(dense_group(plan.shared, ds_gate_up, ds_down))
     if plan.personal is not None and (need_x or need_p_up or need_p_down or need_gate):
-        add_dense(groups, plan.personal, tokens, dp_gate_up, dp_down)
+        groups.append(dense_group(plan.personal, dp_gate_up, dp_down))
     dx_TH = ops.kernels.empty(*x_TH.shape, dtype=torch.float32).zero_() if need_x else None
     engine = fused if fused.serves(groups) else blocks
     engine.backward(grad_y_TH, x_TH, groups, dx_TH)
 
     dweights_TK, dgate_T, ds_gate_T = scale_gradients(
-        plan, dscale_N, weights_TK, gate_T, shared_gate_T, need_weights, need_gate, need_s_gate
+        plan, weights_TK, gate_T, shared_gate_T, need_weights, need_gate, need_s_gate
     )
 
     # Outputs of a custom op may not alias each other: each absent gradient is an empty tensor of its own.
@@ -144,8 +140,8 @@ def experts_backward(
     return (
         result(dx_TH, x_TH),
         result(dweights_TK, weights_TK),
-        result(dgate_up, gate_up_E2IH),
-        result(ddown, down_EHI),
+        result(plan.routed.dgate_up_E2IH, gate_up_E2IH),
+        result(plan.routed.ddown_EHI, down_EHI),
         result(dp_gate_up, personal_gate_up_2IH),
         result(dp_down, personal_down_HI),
         result(dgate_T, gate_T),
@@ -155,17 +151,16 @@ def experts_backward(
     )
 
 
-def add_dense(
-    groups: list[Group], group: Group, tokens: int, dgate_up: Tensor | None, ddown: Tensor | None
-) -> None:
-    group.dscale_n = torch.zeros(tokens)
-    group.dgate_up_2IH, group.ddown_HI = dgate_up, ddown
-    groups.append(group)
+def dense_group(block: Block, dgate_up_2IH: Tensor | None, ddown_HI: Tensor | None) -> Group:
+    """All rows of a block of one expert, with room for its gradients."""
+    block.dscale_N = torch.zeros(block.tokens_N.shape[0])
+    block.dgate_up_E2IH = None if dgate_up_2IH is None else dgate_up_2IH[None]
+    block.ddown_EHI = None if ddown_HI is None else ddown_HI[None]
+    return block.group()
 
 
 def scale_gradients(
     plan: Plan,
-    dscale_N: Tensor,
     weights_TK: Tensor,
     gate_T: Tensor | None,
     shared_gate_T: Tensor | None,
@@ -185,16 +180,16 @@ def scale_gradients(
     dslot_TK = torch.zeros(weights_TK.shape)
     if need_weights or (need_gate and closed_T is not None):
         used = plan.offsets[-1]
-        dslot_TK.view(-1)[plan.order_N[:used]] = dscale_N[:used]
+        dslot_TK.view(-1)[plan.order_N[:used]] = plan.routed.dscale_N[:used]
     if need_weights:
         dweights_TK = dslot_TK if closed_T is None else dslot_TK * closed_T[:, None]
     if need_shared_gate and plan.shared is not None:
-        dshared_T = plan.shared.dscale_n if closed_T is None else plan.shared.dscale_n * closed_T
+        dshared_T = plan.shared.dscale_N if closed_T is None else plan.shared.dscale_N * closed_T
     if need_gate and plan.personal is not None:
-        dgate_T = plan.personal.dscale_n
+        dgate_T = plan.personal.dscale_N
         if closed_T is not None:
             dgate_T = dgate_T - (weights_TK * dslot_TK).sum(-1)
             if plan.shared is not None:
                 gate: Tensor | float = 1.0 if shared_gate_T is None else shared_gate_T
-                dgate_T = dgate_T - gate * plan.shared.dscale_n
+                dgate_T = dgate_T - gate * plan.shared.dscale_N
     return dweights_TK, dgate_T, dshared_T

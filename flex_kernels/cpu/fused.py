@@ -61,9 +61,10 @@ def room(width: int) -> int:
 
 def serves(groups: list[Group]) -> bool:
     """Whether the kernels run here and can read these weights as stored: unit stride along a row."""
-    weights = [w for g in groups for w in (g.gate_up_2IH, g.down_HI)]
+    blocks = {id(g.block): g.block for g in groups}.values()
+    weights = [w for b in blocks for w in (b.gate_up_E2IH, b.down_EHI)]
     read = [matrix_of(w) for w in weights] + [w.scales for w in weights if isinstance(w, Quantized)]
-    return ops.fused() and all(t.stride(1) == 1 for t in read if t.ndim == 2 and t.shape[1] > 1)
+    return ops.fused() and all(t.stride(2) == 1 for t in read if t.ndim == 3 and t.shape[2] > 1)
 
 
 def matrix_of(weight: Tensor | Quantized) -> Tensor:
@@ -87,9 +88,10 @@ def bytes_read_twice(group: Group) -> int:
     Zero where it does not (``gate_up`` is read for z and again for dx), where arithmetic outweighs reading
     (many rows), and where the cache cannot hold them anyway.
     """
-    if group.preact_n2I is not None or group.rows > FEW_ROWS:
+    block = group.block
+    if block.preact_N2I is not None or group.rows > FEW_ROWS:
         return 0
-    size = group.gate_up_2IH.nbytes + group.down_HI.nbytes
+    size = (block.gate_up_E2IH.nbytes + block.down_EHI.nbytes) // block.down_EHI.shape[0]
     return size if size < cache_bytes() else 0
 
 
@@ -107,8 +109,7 @@ def batches(groups: list[Group], most_bytes: int | None = None) -> list[list[Seg
     used = held = 0
     for group, (rows, width) in zip(groups, sizes):
         again = 0 if most_bytes is None else bytes_read_twice(group)
-        whole = group.dgate_up_2IH is not None or group.ddown_HI is not None
-        most = WEIGHT_ROWS if whole else max(1, budget // max(1, width))
+        most = WEIGHT_ROWS if group.block.trained else max(1, budget // max(1, width))
         for start in range(0, rows, most):
             end = min(start + most, rows)
             elements = (end - start) * width
@@ -131,36 +132,34 @@ def make_scratch(groups: list[Group], hidden: int, factor: int) -> object:
     return ops.kernels.Scratch(longest, max((g.rows for g in groups), default=0))
 
 
-def weight_words(weight: Tensor | Quantized) -> list[int]:
+def address(t: Tensor, row: int) -> int:
+    """Of ``t[row]``."""
+    return t.data_ptr() + row * t.stride(0) * t.element_size()
+
+
+def weight_words(weight: Tensor | Quantized, expert: int) -> list[int]:
     """Address, stride, address and stride of the scales, and kind: as ``Segment`` lists them."""
     matrix = matrix_of(weight)
+    where = [address(matrix, expert), matrix.stride(1)]
     if not isinstance(weight, Quantized):
-        return [matrix.data_ptr(), matrix.stride(0), 0, 0, 0]
-    scales = weight.scales
-    return [
-        matrix.data_ptr(),
-        matrix.stride(0),
-        scales.data_ptr(),
-        scales.stride(0),
-        KINDS.index(weight.kind) + 1,
-    ]
+        return [*where, 0, 0, 0]
+    return [*where, address(weight.scales, expert), weight.scales.stride(1), KINDS.index(weight.kind) + 1]
 
 
 def words(s: Segment, hidden: Tensor, factor: int, scaled: Tensor | None) -> list[int]:
     """One row of the kernels' table, in the order of ``Segment`` in csrc/cpu/kernels.h."""
-    g, size = s.group, hidden.element_size()
-    wants_scaled = scaled is not None and g.ddown_HI is not None
-    preact = 0 if g.preact_n2I is None else g.preact_n2I.data_ptr() + s.start * 2 * s.width * size
+    g, block, row, size = s.group, s.group.block, s.group.first + s.start, hidden.element_size()
+    wants_scaled = scaled is not None and block.ddown_EHI is not None
     return [
-        *weight_words(g.gate_up_2IH),
-        *weight_words(g.down_HI),
+        *weight_words(block.gate_up_E2IH, g.expert),
+        *weight_words(block.down_EHI, g.expert),
         s.width,
         s.rows,
-        g.tokens_n.data_ptr() + 4 * s.start,
-        g.scale_n.data_ptr() + 4 * s.start,
+        address(block.tokens_N, row),
+        address(block.scale_N, row),
         hidden.data_ptr() + factor * s.at * size,
-        preact,
-        g.dscale_n.data_ptr() + 4 * s.start if g.dscale_n.numel() else 0,
+        0 if block.preact_N2I is None else address(block.preact_N2I, row),
+        address(block.dscale_N, row) if block.dscale_N.numel() else 0,
         scaled.data_ptr() + s.at * size if scaled is not None and wants_scaled else 0,
     ]
 
@@ -183,7 +182,8 @@ def backward(dy_TH: Tensor, x_TH: Tensor, groups: list[Group], dx_TH: Tensor | N
     scratch = make_scratch(groups, x_TH.shape[1], 2)
     widest = widest_batch(work)
     dz = ops.kernels.empty(2 * widest, dtype=x_TH.dtype)
-    scaled = torch.empty(widest, dtype=x_TH.dtype) if any(g.ddown_HI is not None for g in groups) else None
+    trains_down = any(g.block.ddown_EHI is not None for g in groups)
+    scaled = torch.empty(widest, dtype=x_TH.dtype) if trains_down else None
     columns = ops.kernels.PARTIAL_COLUMNS
     partial = torch.empty(max((sum(s.rows * -(-s.width // columns) for s in b) for b in work), default=0))
     for batch in work:
@@ -198,9 +198,12 @@ def backward(dy_TH: Tensor, x_TH: Tensor, groups: list[Group], dx_TH: Tensor | N
 def weight_gradients(s: Segment, dy_TH: Tensor, x_TH: Tensor, dz: Tensor, scaled: Tensor | None) -> None:
     """dgate_up += dz^T x and ddown += dy^T (scale * a) over the segment's rows, where asked for."""
     g, rows = s.group, slice(s.start, s.end)
-    if g.dgate_up_2IH is not None:
+    if not g.block.trained:
+        return
+    dgate_up_2IH, ddown_HI = g.dgate_up_2IH, g.ddown_HI
+    if dgate_up_2IH is not None:
         dz_n2I = dz[2 * s.at :][: 2 * s.rows * s.width].view(s.rows, 2 * s.width)
-        g.add_gradient(g.dgate_up_2IH, dz_n2I, g.rows_of(x_TH, rows))
-    if g.ddown_HI is not None and scaled is not None:
+        g.add_gradient(dgate_up_2IH, dz_n2I, g.rows_of(x_TH, rows))
+    if ddown_HI is not None and scaled is not None:
         scaled_nI = scaled[s.at :][: s.rows * s.width].view(s.rows, s.width)
-        g.add_gradient(g.ddown_HI, g.rows_of(dy_TH, rows), scaled_nI)
+        g.add_gradient(ddown_HI, g.rows_of(dy_TH, rows), scaled_nI)
