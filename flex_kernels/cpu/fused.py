@@ -7,6 +7,7 @@ Letters: T tokens, H hidden, I expert width, n rows of one segment, S segments.
 from __future__ import annotations
 
 import functools
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flex_kernels.cpu import ops
-from flex_kernels.cpu.plan import WEIGHT_ROWS, Group
+from flex_kernels.cpu.plan import WEIGHT_ROWS, Block, Group
 from flex_kernels.quantize import KINDS, Quantized
 
 # Between a part of the hidden rows at a time and all of them: small calls must not hold them all, large calls
@@ -132,36 +133,73 @@ def make_scratch(groups: list[Group], hidden: int, factor: int) -> object:
     return ops.kernels.Scratch(longest, max((g.rows for g in groups), default=0))
 
 
-def address(t: Tensor, row: int) -> int:
-    """Of ``t[row]``."""
-    return t.data_ptr() + row * t.stride(0) * t.element_size()
+class RowAddresses:
+    """Addresses of ``t[row]``, 0 for None or nothing; read once from a tensor that has a hundred rows to ask
+    for.
+    """
+
+    def __init__(self, t: Tensor | None):
+        self.first = 0 if t is None or not t.numel() else t.data_ptr()
+        self.step = 0 if t is None or not self.first else t.stride(0) * t.element_size()
+
+    def __getitem__(self, row: int) -> int:
+        return self.first + row * self.step
 
 
-def weight_words(weight: Tensor | Quantized, expert: int) -> list[int]:
-    """Address, stride, address and stride of the scales, and kind: as ``Segment`` lists them."""
-    matrix = matrix_of(weight)
-    where = [address(matrix, expert), matrix.stride(1)]
-    if not isinstance(weight, Quantized):
-        return [*where, 0, 0, 0]
-    return [*where, address(weight.scales, expert), weight.scales.stride(1), KINDS.index(weight.kind) + 1]
+class WeightWords:
+    """Address, stride, address and stride of the scales, and kind of an expert, as ``Segment`` lists them."""
+
+    def __init__(self, weight: Tensor | Quantized):
+        matrix, scales = matrix_of(weight), weight.scales if isinstance(weight, Quantized) else None
+        self.matrix, self.scales = RowAddresses(matrix), RowAddresses(scales)
+        self.stride, self.scales_stride = matrix.stride(1), 0 if scales is None else scales.stride(1)
+        self.kind = KINDS.index(weight.kind) + 1 if isinstance(weight, Quantized) else 0
+
+    def __getitem__(self, expert: int) -> tuple[int, ...]:
+        return self.matrix[expert], self.stride, self.scales[expert], self.scales_stride, self.kind
 
 
-def words(s: Segment, hidden: Tensor, factor: int, scaled: Tensor | None) -> list[int]:
-    """One row of the kernels' table, in the order of ``Segment`` in csrc/cpu/kernels.h."""
-    g, block, row, size = s.group, s.group.block, s.group.first + s.start, hidden.element_size()
-    wants_scaled = scaled is not None and block.ddown_EHI is not None
-    return [
-        *weight_words(block.gate_up_E2IH, g.expert),
-        *weight_words(block.down_EHI, g.expert),
-        s.width,
-        s.rows,
-        address(block.tokens_N, row),
-        address(block.scale_N, row),
-        hidden.data_ptr() + factor * s.at * size,
-        0 if block.preact_N2I is None else address(block.preact_N2I, row),
-        address(block.dscale_N, row) if block.dscale_N.numel() else 0,
-        scaled.data_ptr() + s.at * size if scaled is not None and wants_scaled else 0,
-    ]
+class BlockWords:
+    """Rows of the kernels' table for the segments of one block, in the order of ``Segment`` in
+    csrc/cpu/kernels.h.
+    """
+
+    def __init__(self, block: Block, hidden: Tensor, factor: int, scaled: Tensor | None):
+        self.gate_up, self.down = WeightWords(block.gate_up_E2IH), WeightWords(block.down_EHI)
+        self.tokens, self.scale = RowAddresses(block.tokens_N), RowAddresses(block.scale_N)
+        self.preact, self.dscale = RowAddresses(block.preact_N2I), RowAddresses(block.dscale_N)
+        self.hidden, self.hidden_step = hidden.data_ptr(), factor * hidden.element_size()
+        self.scaled = RowAddresses(None if block.ddown_EHI is None else scaled)
+
+    def __getitem__(self, s: Segment) -> tuple[int, ...]:
+        expert, row = s.group.expert, s.group.first + s.start
+        return (
+            *self.gate_up[expert],
+            *self.down[expert],
+            s.width,
+            s.rows,
+            self.tokens[row],
+            self.scale[row],
+            self.hidden + s.at * self.hidden_step,
+            self.preact[row],
+            self.dscale[row],
+            self.scaled[s.at],
+        )
+
+
+class Table:
+    """Makes the kernels' tables of a call: a row a segment."""
+
+    def __init__(self, groups: list[Group], hidden: Tensor, factor: int, scaled: Tensor | None):
+        blocks = {id(g.block): g.block for g in groups}
+        self.words = {name: BlockWords(block, hidden, factor, scaled) for name, block in blocks.items()}
+
+    def of(self, batch: list[Segment]) -> Tensor:
+        # torch.tensor takes twice as long over a list of rows.
+        flat = array("q")
+        for s in batch:
+            flat.extend(self.words[id(s.group.block)][s])
+        return torch.frombuffer(flat, dtype=torch.int64).view(len(batch), -1)
 
 
 def forward(x_TH: Tensor, groups: list[Group], out_TH: Tensor) -> None:
@@ -170,10 +208,11 @@ def forward(x_TH: Tensor, groups: list[Group], out_TH: Tensor) -> None:
     scratch = make_scratch(groups, x_TH.shape[1], 1)
     # Kernels may read on behind the last row.
     hidden = ops.kernels.empty(widest_batch(work) + ops.kernels.HIDDEN_UNIT, dtype=x_TH.dtype)
+    table = Table(groups, hidden, 1, None)
     for batch in work:
-        table = torch.tensor([words(s, hidden, 1, None) for s in batch])
-        ops.kernels.up(x_TH, table, scratch)
-        ops.kernels.down(table, out_TH, x_TH.dtype, scratch)
+        segments = table.of(batch)
+        ops.kernels.up(x_TH, segments, scratch)
+        ops.kernels.down(segments, out_TH, x_TH.dtype, scratch)
 
 
 def backward(dy_TH: Tensor, x_TH: Tensor, groups: list[Group], dx_TH: Tensor | None) -> None:
@@ -186,11 +225,12 @@ def backward(dy_TH: Tensor, x_TH: Tensor, groups: list[Group], dx_TH: Tensor | N
     scaled = torch.empty(widest, dtype=x_TH.dtype) if trains_down else None
     columns = ops.kernels.PARTIAL_COLUMNS
     partial = torch.empty(max((sum(s.rows * -(-s.width // columns) for s in b) for b in work), default=0))
+    table = Table(groups, dz, 2, scaled)
     for batch in work:
-        table = torch.tensor([words(s, dz, 2, scaled) for s in batch])
-        ops.kernels.up_backward(x_TH, dy_TH, table, partial, scratch)
+        segments = table.of(batch)
+        ops.kernels.up_backward(x_TH, dy_TH, segments, partial, scratch)
         if dx_TH is not None:
-            ops.kernels.down_backward(table, dx_TH, x_TH.dtype, scratch)
+            ops.kernels.down_backward(segments, dx_TH, x_TH.dtype, scratch)
         for s in batch:
             weight_gradients(s, dy_TH, x_TH, dz, scaled)
 
