@@ -29,6 +29,7 @@ from flex.memory import PeakMemory
 from flex.progress import plural
 from flex.report.data import SPEED_FILE, median
 from flex.rows import ClientData
+from flex_kernels.check import check_option
 
 # How flex_kernels' layer is called here, and what it keeps.
 OURS = {"flex-preact": "preact", "flex-recompute": "recompute"}
@@ -219,11 +220,15 @@ def measure_model(model: Any, layer: str, config: Config, batches: Sequence[Batc
         model: prepared in place, with a personal expert and LoRA, around the layer to measure.
         layer: one of OURS, or of transformers' own ("grouped_mm", "eager").
         batches: a step each; the first is not timed.
+
+    Raises:
+        ValueError: ``layer`` is none of these.
     """
     from flex.client import train_locally
     from flex.session import prepare_model
     from flex.strategies import STRATEGIES
 
+    check_option("layer", layer, tuple(LAYERS.values()))
     if layer in OURS:
         config = replace(config, personal=replace(config.personal, save=OURS[layer]))
         prepare_model(model, config, STRATEGIES["flex"]())

@@ -18,6 +18,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from flex.importance import Importance, check_importance
 from flex.memory import give_back_freed
 from flex.models import find_blocks
 from flex.quantized import WEIGHTS, check_kind, hold
@@ -33,12 +34,20 @@ class Unfit(ValueError):
 
 @register_quantization_config(METHOD)
 class ExpertsConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a model whose routed experts are held in ``experts``: "int8" or "nf4"."""
+    """``quantization_config`` of a model whose routed experts are held in ``experts``: "int8" or "nf4".
 
-    def __init__(self, experts: Kind, quant_method: str = METHOD):
+    Attributes:
+        importance: of columns, for the loading alone: no part of a written configuration.
+    """
+
+    def __init__(self, experts: Kind, quant_method: str = METHOD, importance: Importance | None = None):
         check_kind(experts)
         self.quant_method = quant_method  # type: ignore[assignment]
         self.experts = experts
+        self.importance = importance
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method, "experts": self.experts}
 
 
 @register_quantizer(METHOD)
@@ -46,6 +55,7 @@ class ExpertsQuantizer(HfQuantizer):
     """Quantises experts while a checkpoint is read, or makes room for codes that are read as they are.
 
     Raises:
+        TypeError, ValueError: before loading, an importance that does not fit the model.
         Unfit: at the end of loading, a tensor of another shape than the configuration's, or weights that are
             not finite.
     """
@@ -53,6 +63,8 @@ class ExpertsQuantizer(HfQuantizer):
     def __init__(self, quantization_config: ExpertsConfig, **options: Any):
         super().__init__(quantization_config, **options)
         self.kind: Kind = quantization_config.experts
+        # Taken from the configuration, which the model keeps.
+        self.importance, quantization_config.importance = quantization_config.importance, None
         self.shapes: dict[str, torch.Size] = {}
         self.weights: frozenset[str] = frozenset()
         # The first weight that could not be quantised, and why.
@@ -60,6 +72,8 @@ class ExpertsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> Any:
         """The model has no memory yet: note its shapes, put codes where a checkpoint has codes."""
+        layers = {name: adapter.experts(block) for name, (block, adapter) in find_blocks(model).items()}
+        check_importance(self.importance, self.kind, layers)
         self.weights = frozenset(name for name, _, _ in expert_weights(model))
         if self.pre_quantized:
             for _, module, name in list(expert_weights(model)):
@@ -70,6 +84,12 @@ class ExpertsQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
         return param_name in self.weights
+
+    def importance_of(self, param_name: str) -> Tensor | None:
+        if self.importance is None:
+            return None
+        block, _, name = param_name.rpartition(".experts.")
+        return self.importance[block][WEIGHTS.index(name)]
 
     def get_quantize_ops(self) -> ConversionOps:
         return QuantizeExperts(self)
@@ -124,7 +144,9 @@ class QuantizeExperts(ConversionOps):
         try:
             if weight.shape != wanted:
                 raise Unfit(f"the files have {list(weight.shape)}, the configuration wants {list(wanted)}")
-            hold(model.get_submodule(home), name, QuantizedWeight(quantize(weight, self.quantizer.kind)))
+            of_columns = self.quantizer.importance_of(full_layer_name)
+            codes = quantize(weight, self.quantizer.kind, of_columns)
+            hold(model.get_submodule(home), name, QuantizedWeight(codes))
         except (ValueError, TypeError) as error:
             # Raised once loading ends: transformers would go on, with full-precision weights in its place.
             self.quantizer.problem = self.quantizer.problem or f"{full_layer_name}: {error}"

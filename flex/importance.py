@@ -39,10 +39,14 @@ def column_importance(model: nn.Module, batches: Iterable[Batch]) -> dict[str, t
 
     Raises:
         TypeError, ValueError: as :func:`flex.select_experts` of the batches.
+        ValueError: what a layer's experts see is not finite; names the layer.
     """
     blocks = moe_blocks(model)
     sums = {name: ColumnSums(block, adapter) for name, (block, adapter) in blocks.items()}
     watch_batches(model, batches, blocks, lambda number, name, x_TH: sums[name].add(x_TH))
+    for name, layer in sums.items():
+        if not (layer.x_EH.isfinite().all() and layer.a_EI.isfinite().all()):
+            raise ValueError(f"the inputs of layer {name} or of its experts' down projections are not finite")
     return {name: layer.means() for name, layer in sums.items()}
 
 

@@ -26,6 +26,7 @@ from transformers import (
 from flex.block import moe_blocks
 from flex.files import flush_to_disk, save_tensors
 from flex.hf_quantizer import METHOD, ExpertsConfig, Unfit
+from flex.importance import Importance
 from flex.models import Unsupported
 from flex.quantized import check_kind, kind_of
 from flex.shards import INDEX, first_few, open_shards, shard_files
@@ -41,6 +42,7 @@ def load(
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
+    importance: Importance | None = None,
 ) -> Any:
     """A causal language model whose routed experts are held in 8 or 4 bits; the whole never has to fit.
 
@@ -57,6 +59,8 @@ def load(
             this is ``AutoModelForCausalLM.from_pretrained``).
         dtype: of everything else; None keeps the checkpoint's.
         attn_implementation, revision: as for ``from_pretrained``.
+        importance: of :func:`flex.column_importance`, for ``experts="nf4"`` of a plain checkpoint: rounding
+            spares the columns that count most. A model that this function loaded without one can tell it.
 
     Returns:
         The model in evaluation mode, on the CPU.
@@ -65,7 +69,9 @@ def load(
         Unsupported: an architecture whose experts the fused layer does not know.
         FileNotFoundError, ValueError, OSError: no such checkpoint; a shard that is missing, truncated or not
             the one that the index describes (named); tensors that are missing or have another shape; a
-            checkpoint whose experts are quantised otherwise.
+            checkpoint whose experts are quantised otherwise; an ``importance`` without use, or of another
+            model.
+        TypeError: ``importance`` is no mapping of pairs of float tensors.
     """
     check_kind(experts)
     path = os.fspath(path)
@@ -75,6 +81,9 @@ def load(
         raise ValueError(
             f"experts={experts!r}: {path} is quantised already, with {stored!r}; load the original"
         )
+    if importance is not None and (experts != "nf4" or stored is not None):
+        what = f"experts={experts!r}" if stored is None else f"{path} is quantised already"
+        raise ValueError(f"importance is for a plain checkpoint and experts='nf4', but {what}: leave it out")
     options: dict[str, Any] = (
         {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     )
@@ -82,7 +91,7 @@ def load(
         plain = dict(revision=revision, dtype=dtype or "auto")
         return AutoModelForCausalLM.from_pretrained(path, **plain, **options)
     if stored is None:
-        options["quantization_config"] = ExpertsConfig(experts)  # type: ignore[arg-type]
+        options["quantization_config"] = ExpertsConfig(experts, importance=importance)  # type: ignore[arg-type]
     with open_shards(shard_files(path, revision)) as tensors:
         model = load_tensors_into_model(path, config, tensors, dtype, options)
     model.config.name_or_path = model.name_or_path = path

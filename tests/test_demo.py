@@ -123,6 +123,11 @@ def test_a_process_that_fails_is_reported_by_layer(tmp_path, monkeypatch):
         compare.measure_in_process("eager", tmp_path / "config.toml", tmp_path / "batches.safetensors")
 
 
+def test_a_layer_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="'flex_kernels' is not one of 'flex-preact', 'flex-recompute'"):
+        compare.measure_model(None, "flex_kernels", None, [])
+
+
 def test_a_stock_layer_that_fails_is_left_out_and_named(place, tmp_path, monkeypatch):
     from flex.data import load_clients
 

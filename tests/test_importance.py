@@ -102,3 +102,12 @@ def test_an_importance_that_does_not_fit_is_named_and_nothing_changed(experts, c
 def test_calibration_without_a_batch_is_named():
     with pytest.raises(ValueError, match="calibration holds no batch"):
         column_importance(tiny("mixtral"), [])
+
+
+def test_a_layer_that_sees_infinities_is_named():
+    model = tiny("qwen2_moe")
+    last = list(find_blocks(model))[-1]
+    with torch.no_grad():
+        model.get_submodule(last).experts.gate_up_proj[0].fill_(3e38)
+    with pytest.raises(ValueError, match=rf"layer {last} or of its experts' down projections are not finite"):
+        column_importance(model, [tokens()])

@@ -71,6 +71,39 @@ def test_another_dtype_is_taken_before_the_experts_are_quantised(architecture, t
     assert model.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3"])
+def test_columns_that_count_are_spared_while_loading_as_by_a_graft(architecture, tmp_path):
+    saved(tmp_path, architecture)
+    first = flex.load(tmp_path, "nf4")
+    importance = flex.column_importance(first, [tokens()])
+    model = flex.load(tmp_path, "nf4", importance=importance)
+    plain = flex.load(tmp_path)
+    flex.graft(plain, personal=None, experts="nf4", importance=importance)
+    same_bits(grafted(model), plain)
+    assert any(not torch.equal(t, model.state_dict()[name]) for name, t in first.state_dict().items())
+    flex.save(model, tmp_path / "nf4")
+    same_bits(grafted(flex.load(tmp_path / "nf4")), plain)
+
+
+@pytest.mark.parametrize("change, error, message", [
+    (lambda i: {name + "x": pair for name, pair in i.items()}, ValueError, "importance is of the layers"),
+    (lambda i: {name: pair[::-1] for name, pair in i.items()}, ValueError, r"layer .* must be \[\[6, 32\]"),
+    (lambda i: [1], TypeError, "got list"),
+])  # fmt: skip
+def test_an_importance_of_another_model_is_refused_before_loading(change, error, message, tmp_path):
+    importance = flex.column_importance(flex.load(saved(tmp_path, "mixtral")), [tokens()])
+    with pytest.raises(error, match=message):
+        flex.load(tmp_path, "nf4", importance=change(importance))
+
+
+def test_an_importance_without_use_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"importance is for a plain .* experts='int8'"):
+        flex.load(saved(tmp_path / "plain"), "int8", importance={})
+    flex.save(flex.load(tmp_path / "plain", "nf4"), tmp_path / "nf4")
+    with pytest.raises(ValueError, match=r"importance is for a plain .*nf4 is quantised already"):
+        flex.load(tmp_path / "nf4", "nf4", importance={})
+
+
 def test_a_loaded_model_computes_without_grafting_and_keeps_its_settings(tmp_path):
     stock = tiny("olmoe", tie_word_embeddings=True)
     stock.generation_config.max_new_tokens = 7

@@ -128,8 +128,8 @@ def test_the_comparison_measures_our_layer_quantised_and_the_stock_one_as_it_is(
     client = load_clients(settings)[0]
     save_batches(settings, client, 2, tmp_path / "batches.safetensors")
     batches = load_batches(tmp_path / "batches.safetensors")
-    ours, stock = (measure(layer, settings, batches) for layer in ("flex_kernels", "eager"))
-    plain = measure("flex_kernels", config(place, "model", tmp_path / "x"), batches)
+    ours, stock = (measure(layer, settings, batches) for layer in ("flex-recompute", "eager"))
+    plain = measure("flex-recompute", config(place, "model", tmp_path / "x"), batches)
     assert plain["losses"] == pytest.approx(stock["losses"], rel=1e-4)
     assert ours["losses"] != pytest.approx(stock["losses"], rel=1e-6)
 
