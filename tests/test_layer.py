@@ -167,6 +167,28 @@ def test_a_float32_personal_expert_trains_beside_bfloat16_experts():
     assert own.gate_weight.grad.dtype == torch.float32 and own.gate_weight.grad.any()
 
 
+@pytest.mark.parametrize("T", [0, 7])
+def test_wider_extra_experts_give_the_bits_of_their_cast_copies_and_gradients_in_their_dtype(T):
+    names = ("personal.gate_up", "personal.down", "shared.gate_up", "shared.down")
+    case = make_case(T=T, dtype=torch.bfloat16)
+
+    def in_dtype(dtype):
+        both = [
+            replace(e, gate_up=e.gate_up.to(dtype, copy=True), down=e.down.to(dtype, copy=True))
+            for e in (fine.personal, fine.shared)
+        ]
+        return replace(case, personal=both[0], shared=both[1]).requiring(*names)
+
+    fine = make_case(T=T, dtype=torch.float32)
+    wide, cast = in_dtype(torch.float32), in_dtype(torch.bfloat16)
+    y, want = layer(wide), layer(cast)
+    assert torch.equal(y, want)
+    y.float().square().sum().backward(), want.float().square().sum().backward()
+    for name in names:
+        got, of_cast = wide.tensors()[name].grad, cast.tensors()[name].grad
+        assert got.dtype == torch.float32 and torch.equal(got, of_cast.float()), name
+
+
 def test_autocast_computes_in_its_dtype_and_returns_float32_gradients():
     case = make_case().requiring()
     with torch.autocast("cpu", torch.bfloat16):

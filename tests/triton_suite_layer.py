@@ -36,6 +36,10 @@ def agree(case, mix="add", multiple=3.0, **options):
         assert_close(got, exact[name], plain[name], multiple, name)
 
 
+def relative_distance(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("mix", "save"), [("add", "recompute"), ("convex", "preact")])
 def test_every_value_and_gradient_is_as_exact_as_plain_torch(dtype, mix, save):
@@ -101,6 +105,19 @@ def test_the_logits_are_the_reference_s():
     _, want = flex_moe(*args, backend="reference", return_router_logits=True)
     _, got = flex_moe(*args, backend="triton", return_router_logits=True)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("save", ["recompute", "preact"])
+def test_wider_extra_experts_have_gradients_in_their_own_dtype(save):
+    case = to_device(make_case(dtype=torch.float16))
+    wide, half = to_device(make_case(dtype=torch.float32)), case.to(torch.float16)
+    wide = replace(case, personal=wide.personal, shared=wide.shared)
+    got = run(wide, save=save, backend="triton")
+    want = run(half, save=save, backend="triton")
+    assert relative_distance(got["y"], want["y"]) < 1e-2
+    for name in ("personal.gate_up", "personal.down", "shared.gate_up", "shared.down"):
+        assert got[f"d {name}"].dtype == torch.float32
+        assert relative_distance(got[f"d {name}"], want[f"d {name}"]) < 2e-2, name
 
 
 def test_weights_are_read_with_the_strides_they_are_stored_with():
