@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,8 @@ LAYERS = {
     "transformers, eager": "eager",
 }
 WARM_UP = 1
+# With OMP_PROC_BIND, OpenMP binds the thread that loads it to one core, and children inherit that.
+UNBOUND = "import os; os.sched_setaffinity(0, range(os.cpu_count()));"
 TENSORS = ("ids_BL", "positions_BL", "where_N", "targets_N")
 
 
@@ -192,12 +195,19 @@ def load_batches(path: Path) -> list[Batch]:
 
 
 def measure_in_process(layer: str, settings: Path, batches: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "flex.compare", layer, str(settings), str(batches)]
+    command = [sys.executable, *start(), layer, str(settings), str(batches)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise ComparisonError(f"the process measuring {layer!r} failed: {lines[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def start() -> list[str]:
+    """Python's arguments for this module in a process that may use all cores."""
+    if os.environ.get("OMP_PROC_BIND", "false").lower() == "false" or not hasattr(os, "sched_setaffinity"):
+        return ["-m", "flex.compare"]
+    return ["-c", f"{UNBOUND} from flex.compare import main; main()"]
 
 
 def measure(layer: str, config: Config, batches: Sequence[Batch]) -> dict[str, Any]:

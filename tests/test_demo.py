@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,6 +124,29 @@ def test_a_process_that_fails_is_reported_by_layer(tmp_path, monkeypatch):
     monkeypatch.setattr(compare.sys, "executable", str(worker))
     with pytest.raises(compare.ComparisonError, match="measuring 'eager' failed: MemoryError: too big"):
         compare.measure_in_process("eager", tmp_path / "config.toml", tmp_path / "batches.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not bind threads")
+def test_processes_of_the_comparison_are_not_held_to_the_core_that_openmp_took(tmp_path):
+    free = subprocess.run(
+        [sys.executable, "-c", f"{compare.UNBOUND} print(len(os.sched_getaffinity(0)))"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    code = (
+        "import subprocess, sys, torch, flex.compare as c; torch.ones(9) @ torch.ones(9);"
+        "end = 'print(len(os.sched_getaffinity(0)))'; line = c.start()[1].split('from')[0] + end;"
+        "print(subprocess.run([sys.executable, '-c', line], check=True, capture_output=True).stdout.decode())"
+    )
+    bound = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "OMP_PROC_BIND": "true"},
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert int(bound.stdout) == int(free.stdout)
+
+
+def test_the_worker_is_the_module_itself_where_nothing_binds(monkeypatch):
+    monkeypatch.delenv("OMP_PROC_BIND", raising=False)
+    assert compare.start() == ["-m", "flex.compare"]
 
 
 def test_a_layer_that_does_not_exist_is_refused():
