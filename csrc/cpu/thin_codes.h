@@ -125,8 +125,8 @@ inline __m512i int8_pairs(const char* one, const char* two) {
   return _mm512_or_si512(_mm512_srli_epi32(values(one), 16), values(two));
 }
 
-// c [M, COUNT vectors] (+)= a [M, length] times `length` rows of int8 codes, ld bytes apart and an even number of them; a
-// already carries their scales.
+// c [M, COUNT vectors] (+)= a [M, length] times `length` rows of int8 codes, ld bytes apart and an even number of them;
+// a already carries their scales.
 template <int M, int COUNT>
 void int8_axpy(const char* code, int64_t ld, int64_t length, const float* a, int64_t lda, float* c, int64_t ldc,
                bool accumulate, Coming coming) {

@@ -1,4 +1,5 @@
-// Words of packed operands: every element type is reduced as float32, one element a word, but for bfloat16 with AVX-512.
+// Words of packed operands: every element type is reduced as float32, one element a word, but for bfloat16 with
+// AVX-512.
 // Include vector_*.h and rows.h first.
 #pragma once
 
