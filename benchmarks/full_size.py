@@ -101,6 +101,7 @@ def make_model(size: Size) -> Any:
     """The model with quantised random experts, through the loader of checkpoints."""
     from transformers import Qwen2MoeForCausalLM
 
+    from flex.attention import PACKED
     from flex.hf_quantizer import ExpertsConfig
     from flex.loading import load_tensors_into_model
 
@@ -108,7 +109,7 @@ def make_model(size: Size) -> Any:
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in Qwen2MoeForCausalLM(config).state_dict().items()}
     tensors = {name: Drawn(name, shape, config.initializer_range) for name, shape in shapes.items()}
-    options = {"quantization_config": ExpertsConfig(size.kind), "attn_implementation": "sdpa"}
+    options = {"quantization_config": ExpertsConfig(size.kind), "attn_implementation": PACKED}
     model = load_tensors_into_model("random weights", config, tensors, DTYPE, options)
     return model.requires_grad_(False)
 
@@ -142,7 +143,8 @@ def batches(size: Size) -> Iterator[Any]:
         answers = torch.arange(size.tokens // 2, size.tokens - 1)
         where_N = (torch.arange(size.rows)[:, None] * size.tokens + answers).flatten()
         targets_N = ids_BL.flatten()[where_N + 1]
-        yield Batch(ids_BL, positions_BL, where_N, targets_N, ids_BL.numel(), size.rows)
+        lengths = ((size.tokens,),) * size.rows
+        yield Batch(ids_BL, positions_BL, where_N, targets_N, lengths, ids_BL.numel(), size.rows)
 
 
 def memory_by_part(model: Any) -> dict[str, int]:

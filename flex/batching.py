@@ -3,7 +3,8 @@
 Letters: B packed rows, L tokens in a packed row, N answer tokens, V vocabulary.
 
 Several examples lie end to end in one packed row. Their ``positions_BL`` restart at 0, from which
-transformers (5.x, eager or SDPA attention, no attention mask, no cache) builds a block-diagonal causal mask.
+transformers (5.x, eager or SDPA attention, no attention mask, no cache) builds a block-diagonal causal mask;
+:mod:`flex.attention` needs none.
 An optimiser step always sees exactly ``batch_size`` examples, packed or not, so that packing changes speed
 and never the mathematics.
 """
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from flex.rows import Row
 from flex.seeds import generator
+
+Lengths = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Batch:
         ids_BL: token ids. positions_BL: restart at 0 with every example.
         where_N: indices into the flattened [B * L] of the positions that predict an answer token.
         targets_N: the token ids to predict there.
+        lengths: of each row's examples, the filling at its end among them.
         tokens: tokens that are not padding. examples: examples in the batch.
     """
 
@@ -45,6 +49,7 @@ class Batch:
     positions_BL: Tensor
     where_N: Tensor
     targets_N: Tensor
+    lengths: Lengths
     tokens: int
     examples: int
 
@@ -54,6 +59,7 @@ class Batch:
             self.positions_BL.to(device),
             self.where_N.to(device),
             self.targets_N.to(device),
+            self.lengths,
             self.tokens,
             self.examples,
         )
@@ -74,6 +80,7 @@ class Batch:
                 self.positions_BL[first : first + rows],
                 self.where_N[inside_N] - first * width,
                 self.targets_N[inside_N],
+                self.lengths[first : first + rows],
                 self.tokens,
                 self.examples,
             )
@@ -158,6 +165,15 @@ def arrange(lengths: Sequence[int], max_length: int) -> list[list[int]]:
         count += 1
 
 
+def example_lengths(positions_BL: Tensor) -> Lengths:
+    """For each packed row the lengths of its examples, the filling at its end among them: L in all."""
+    rows = []
+    for positions in positions_BL.tolist():
+        starts = [i for i, position in enumerate(positions) if position == 0]
+        rows.append(tuple(b - a for a, b in zip(starts, [*starts[1:], len(positions)])))
+    return tuple(rows)
+
+
 def pack(examples: Sequence[Example], max_length: int) -> Batch:
     """One batch of all ``examples``. Raises ValueError on none.
 
@@ -185,8 +201,15 @@ def pack(examples: Sequence[Example], max_length: int) -> Batch:
             targets.extend(example.ids[first:])
             at += size
         positions_BL[r, at:] = torch.arange(width - at)
-    tokens = sum(len(e.ids) for e in examples)
-    return Batch(ids_BL, positions_BL, torch.tensor(where), torch.tensor(targets), tokens, len(examples))
+    return Batch(
+        ids_BL,
+        positions_BL,
+        torch.tensor(where),
+        torch.tensor(targets),
+        example_lengths(positions_BL),
+        sum(len(e.ids) for e in examples),
+        len(examples),
+    )
 
 
 def training_batches(

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flex.batching import Batch, training_batches
+from flex.batching import Batch, example_lengths, training_batches
 from flex.config import Config
 from flex.memory import PeakMemory
 from flex.progress import plural
@@ -190,7 +190,8 @@ def load_batches(path: Path) -> list[Batch]:
     for i in range(count):
         ids_BL, positions_BL, where_N, targets_N = (tensors[f"{i}.{name}"] for name in TENSORS)
         counts = tensors[f"{i}.counts"]
-        batches.append(Batch(ids_BL, positions_BL, where_N, targets_N, int(counts[0]), int(counts[1])))
+        lengths = example_lengths(positions_BL)
+        batches.append(Batch(ids_BL, positions_BL, where_N, targets_N, lengths, *map(int, counts)))
     return batches
 
 

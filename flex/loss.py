@@ -91,6 +91,11 @@ def answer_loss(model: Any, batch: Batch) -> Tensor:
         raise ValueError(
             f"the output layer of {type(model).__name__} has a bias; only a plain linear layer is supported"
         )
-    out = model.base_model(input_ids=batch.ids_BL, position_ids=batch.positions_BL, use_cache=False)
+    out = model.base_model(
+        input_ids=batch.ids_BL,
+        position_ids=batch.positions_BL,
+        example_lengths=batch.lengths,
+        use_cache=False,
+    )
     hidden_NH = out.last_hidden_state.flatten(0, 1).index_select(0, batch.where_N)
     return linear_cross_entropy(hidden_NH, head.weight, batch.targets_N)

@@ -144,6 +144,7 @@ def load_model(config: Config) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
+    from flex.attention import PACKED
     from flex.loading import load
 
     place = usable_device(config)
@@ -157,7 +158,7 @@ def load_model(config: Config) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         dtype, experts = getattr(torch, config.model.dtype), config.model.experts or None
-        model = load(path, experts, dtype, attn_implementation="sdpa")  # type: ignore[arg-type]
+        model = load(path, experts, dtype, attn_implementation=PACKED)  # type: ignore[arg-type]
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={path!r} cannot be loaded: {error}") from error
     finally:

@@ -32,6 +32,7 @@ def test_a_packed_batch_by_hand():
     assert batch.positions_BL.tolist() == [[0, 1, 2, 3, 0], [0, 1, 2, 0, 1]]
     assert batch.where_N.tolist() == [1, 2, 5, 6, 8]
     assert batch.targets_N.tolist() == [7, 8, 12, 13, 10]
+    assert batch.lengths == ((4, 1), (3, 2))
     assert (batch.tokens, batch.examples) == (9, 3)
 
 
@@ -79,6 +80,7 @@ def test_slices_cover_the_batch():
     batch = pack([Example(list(range(10, 10 + n)), 1) for n in (9, 8, 7, 4, 3)], 12)
     parts = list(batch.slices(2))
     assert [len(p.ids_BL) for p in parts] == [2, 1]
+    assert parts[0].lengths + parts[1].lengths == batch.lengths
     assert torch.cat([p.targets_N for p in parts]).tolist() == batch.targets_N.tolist()
     for part in parts:
         flat = part.ids_BL.flatten()
