@@ -240,6 +240,19 @@ def test_a_weight_gradient_over_many_rows_is_summed_in_pieces(monkeypatch):
     agree(make_case(T=50), "personal.gate_up", "personal.down", "experts.down", "shared.gate_up")
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_gradients_of_float32_weights_keep_float32s_digits(engine, dtype):
+    if not ops.fused() or not ops.kernels.has_weight_gradient():
+        pytest.skip(f"{engine} leaves gradients of weights to torch")
+    case = make_case(T=50, H=64, I=48).to(dtype)
+    wide = {name: getattr(case.personal, name).float() for name in ("gate_up", "down")}
+    found = run(replace(case, personal=replace(case.personal, **wide)), "personal.gate_up", "personal.down")
+    for name in ("personal.gate_up", "personal.down"):
+        assert found[name].dtype == torch.float32
+        rounded = found[name].to(dtype).float() == found[name]
+        assert rounded.float().mean() < 0.05
+
+
 def test_a_missing_extension_is_announced_once_and_described(monkeypatch):
     monkeypatch.setattr(ops, "kernels", fallback)
     ops.warn_if_missing.cache_clear()

@@ -96,6 +96,55 @@ def test_scatter_add_sums_every_row_of_a_token_in_float32(isa, dtype):
     assert (out[1] == 1).all()
 
 
+@pytest.fixture
+def weight_gradient(isa):
+    """native.weight_gradient and a scratch for it, where the instruction set has it."""
+    if not native.has_weight_gradient():
+        pytest.skip(f"{isa} leaves gradients of weights to torch")
+    scratch = native.Scratch(1, native.BLOCK_ROWS)
+
+    def call(left, right, out, accumulate=False):
+        native.weight_gradient(left, right, out, accumulate, scratch)
+        return out
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "n, A, B", [(1, 1, 1), (2, 3, 40), (31, 16, 33), (33, 17, 31), (300, 129, 70), (7, 300, 577)]
+)
+def test_weight_gradients_are_sums_of_float32(weight_gradient, dtype, n, A, B):
+    left, right = normal(n, A, dtype=dtype), normal(n, B, dtype=dtype, seed=1)
+    exact = left.double().t() @ right.double()
+    # Each of n products and sums rounds to 2^-24 of what has been summed so far.
+    bound = n * 2.0**-23 * (left.double().abs().t() @ right.double().abs()).max().item()
+    out = weight_gradient(left, right, torch.full((A, B), float("nan")))
+    torch.testing.assert_close(out.double(), exact, atol=bound, rtol=0)
+    again = weight_gradient(left, right, out.clone(), accumulate=True)
+    torch.testing.assert_close(again.double(), 2 * exact, atol=2 * bound, rtol=0)
+
+
+def test_weight_gradients_of_no_rows(weight_gradient):
+    left, right = torch.empty(0, 5), torch.empty(0, 6)
+    assert weight_gradient(left, right, torch.full((5, 6), 3.0)).eq(0).all()
+    assert weight_gradient(left, right, torch.full((5, 6), 3.0), accumulate=True).eq(3).all()
+
+
+def test_weight_gradients_do_not_depend_on_the_number_of_threads(weight_gradient):
+    left, right = normal(70, 300, dtype=torch.bfloat16), normal(70, 600, dtype=torch.bfloat16, seed=1)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            scratch, out = native.Scratch(1, native.BLOCK_ROWS), torch.empty(300, 600)
+            native.weight_gradient(left, right, out, False, scratch)
+            found.append(out)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(out, found[0]) for out in found)
+
+
 def test_gather_rows_copies_bits():
     source = normal(5, 33, dtype=torch.bfloat16)
     tokens = torch.tensor([4, 4, 0], dtype=torch.int32)

@@ -105,11 +105,11 @@ struct WeightColumns {
   }
 };
 
-// C [rows, columns rounded up to kPanelColumns] = A B for at most kBlockRows rows; row r of A is
-// `base + (index ? index[r] : r) * lda`. `coming`: what the next product reads first.
-template <class E>
-void column_product(const typename E::T* base, int64_t lda, const int32_t* index, int64_t rows,
-                    const WeightColumns<E>& b, float* c, int64_t ldc, const Workspace& work, const Area& coming) {
+// C [rows, columns rounded up to kPanelColumns] = A B for at most kBlockRows rows. `pack(k0, length)` leaves the words of
+// A's elements [k0, k0 + length) in work.a, kTileWords from row to row. `coming`: what the next product reads first.
+template <class E, class Pack>
+void packed_column_product(Pack pack, int64_t rows, const WeightColumns<E>& b, float* c, int64_t ldc,
+                           const Workspace& work, const Area& coming) {
   using P = Words<E>;
   constexpr int64_t kBlock = WeightColumns<E>::kBlock;
   const Weight<E>& weight = b.weight;
@@ -117,8 +117,7 @@ void column_product(const typename E::T* base, int64_t lda, const int32_t* index
   alignas(64) float tile[kTileWords * kPanelColumns];
   for (int64_t k0 = 0; k0 < b.k; k0 += kBlock) {
     const int64_t length = smaller(kBlock, b.k - k0), slots = pieces(rows, kTileRows) * pieces(length, P::kPerWord);
-    for (int64_t r = 0; r < rows; ++r)
-      P::pack_row(base + (index ? index[r] : r) * lda + k0, length, work.a + r * kTileWords);
+    pack(k0, length);
     for (int64_t j = 0; j < b.columns; j += kPanelColumns) {
       const int columns = static_cast<int>(smaller(kPanelColumns, b.columns - j));
       Ahead ahead(j + kPanelColumns < b.columns ? b.area(k0, j + kPanelColumns)
@@ -138,6 +137,17 @@ void column_product(const typename E::T* base, int64_t lda, const int32_t* index
   }
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t j = 0; j < b.columns; j += kPanelColumns) P::settle(c + r * ldc + j);
+}
+
+// The same where row r of A is `base + (index ? index[r] : r) * lda`.
+template <class E>
+void column_product(const typename E::T* base, int64_t lda, const int32_t* index, int64_t rows,
+                    const WeightColumns<E>& b, float* c, int64_t ldc, const Workspace& work, const Area& coming) {
+  const auto pack = [&](int64_t k0, int64_t length) {
+    for (int64_t r = 0; r < rows; ++r)
+      Words<E>::pack_row(base + (index ? index[r] : r) * lda + k0, length, work.a + r * kTileWords);
+  };
+  packed_column_product<E>(pack, rows, b, c, ldc, work, coming);
 }
 
 }  // namespace

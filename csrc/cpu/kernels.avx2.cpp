@@ -4,11 +4,12 @@
 #include "cpu/vector_avx2.h"
 #include "cpu/rows.h"
 #include "cpu/fused.h"
+#include "cpu/weight_gradient.h"
 
 namespace flex {
 
 extern const Kernels avx2_table;
 const Kernels avx2_table = {"avx2", true, swiglu_any, swiglu_backward_any, scatter_add_any,
-                             up_any, down_any, up_backward_any, down_backward_any};
+                             up_any, down_any, up_backward_any, down_backward_any, weight_gradient_any};
 
 }  // namespace flex

@@ -4,11 +4,12 @@
 #include "cpu/vector_avx512.h"
 #include "cpu/rows.h"
 #include "cpu/fused.h"
+#include "cpu/weight_gradient.h"
 
 namespace flex {
 
 extern const Kernels avx512_table;
 const Kernels avx512_table = {"avx512", true, swiglu_any, swiglu_backward_any, scatter_add_any,
-                             up_any, down_any, up_backward_any, down_backward_any};
+                             up_any, down_any, up_backward_any, down_backward_any, weight_gradient_any};
 
 }  // namespace flex

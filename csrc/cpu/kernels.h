@@ -61,7 +61,8 @@ inline int64_t packed_words(int64_t longest) {
   return words < kBlockRows * kTileWords ? kBlockRows * kTileWords : words;
 }
 
-// Bytes of scratch that one thread needs for segments of at most `rows` rows and operands of `longest` elements.
+// Bytes of scratch that one thread needs for segments of at most `rows` rows and operands of `longest` elements;
+// a weight's gradient takes as much as a segment of kBlockRows rows.
 inline int64_t bytes_a_thread(int64_t longest, int64_t rows) {
   const auto rows_of = [rows](int64_t most) { return rows < most ? rows : most; };
   const int64_t thin = 3 * kThinColumns * rows_of(kThinCodeRows), wide = 2 * kForwardColumns * rows_of(kBlockRows);
@@ -94,7 +95,11 @@ struct Kernels {
                       int64_t count, float* partial, void* scratch, int64_t scratch_bytes, int threads);
   void (*down_backward)(int dtype, const Segment* segments, int64_t count, int64_t hidden, float* dx, void* scratch,
                         int64_t scratch_bytes, int threads);
-  // Scratch of these four, where it may exceed bytes_a_thread(); null where not.
+  // out [height, width] (+)= left^T right, both of `rows` rows without gaps, summed in float32 in the order of rows; null
+  // where torch has the faster product.
+  void (*weight_gradient)(int dtype, const void* left, const void* right, int64_t rows, int64_t height, int64_t width,
+                          float* out, bool accumulate, void* scratch, int64_t scratch_bytes, int threads);
+  // Scratch of these five, where it may exceed bytes_a_thread(); null where not.
   int64_t (*own_bytes_a_thread)(int64_t longest, int64_t rows);
 };
 

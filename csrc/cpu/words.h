@@ -23,6 +23,8 @@ struct Words {
     high = columns >= 2 * W ? E::load(row + W) : E::load(row + W, columns > W ? columns - W : 0);
   }
   static void settle(float*) {}
+  // The column of lane `lane` of low (half 0) or high.
+  static constexpr int column_of(int half, int lane) { return half * W + lane; }
 
   static void pack_row(const T* source, int64_t length, float* out) {
     over(length, [&](int64_t k, int lanes) { Float32::store(out + k, get<E>(source + k, lanes)); });
@@ -33,4 +35,18 @@ struct Words {
 
 #if defined(__AVX512F__)
 #include "cpu/words_avx512.h"
+#else
+namespace {
+
+// Exchanges rows and columns of W x W words.
+inline void transpose_square(float (*square)[W]) {
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float word = square[i][j];
+      square[i][j] = square[j][i];
+      square[j][i] = word;
+    }
+}
+
+}  // namespace
 #endif

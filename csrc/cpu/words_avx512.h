@@ -34,6 +34,16 @@ inline void transpose(__m512i* r) {
   }
 }
 
+// Exchanges rows and columns of W x W words.
+inline void transpose_square(float (*square)[W]) {
+  __m512i rows[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) rows[i] = _mm512_load_si512(square[i]);
+  transpose(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) _mm512_store_si512(square[i], rows[i]);
+}
+
 template <>
 struct Words<BFloat16> {
   static constexpr int kPerWord = 2;
@@ -72,6 +82,7 @@ struct Words<BFloat16> {
     _mm512_storeu_si512(out + W, _mm512_permutex2var_epi64(a, second_half, b));
   }
   static void settle(float* out) { settle(out, Float32::load(out), Float32::load(out + W)); }
+  static constexpr int column_of(int half, int lane) { return lane / 4 * 8 + half * 4 + lane % 4; }
 };
 
 }  // namespace

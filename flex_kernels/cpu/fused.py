@@ -10,6 +10,7 @@ import functools
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,9 +129,10 @@ def widest_batch(work: list[list[Segment]]) -> int:
     return max((batch[-1].at + batch[-1].elements for batch in work), default=0)
 
 
-def make_scratch(groups: list[Group], hidden: int, factor: int) -> object:
+def make_scratch(groups: list[Group], hidden: int, factor: int) -> Any:
     longest = max([hidden, *(factor * g.width for g in groups)])
-    return ops.kernels.Scratch(longest, max((g.rows for g in groups), default=0))
+    rows = [ops.kernels.BLOCK_ROWS if g.block.trained else g.rows for g in groups]
+    return ops.kernels.Scratch(longest, max(rows, default=0))
 
 
 class RowAddresses:
@@ -232,10 +234,12 @@ def backward(dy_TH: Tensor, x_TH: Tensor, groups: list[Group], dx_TH: Tensor | N
         if dx_TH is not None:
             ops.kernels.down_backward(segments, dx_TH, x_TH.dtype, scratch)
         for s in batch:
-            weight_gradients(s, dy_TH, x_TH, dz, scaled)
+            weight_gradients(s, dy_TH, x_TH, dz, scaled, scratch)
 
 
-def weight_gradients(s: Segment, dy_TH: Tensor, x_TH: Tensor, dz: Tensor, scaled: Tensor | None) -> None:
+def weight_gradients(
+    s: Segment, dy_TH: Tensor, x_TH: Tensor, dz: Tensor, scaled: Tensor | None, scratch: Any
+) -> None:
     """dgate_up += dz^T x and ddown += dy^T (scale * a) over the segment's rows, where asked for."""
     g, rows = s.group, slice(s.start, s.end)
     if not g.block.trained:
@@ -243,7 +247,17 @@ def weight_gradients(s: Segment, dy_TH: Tensor, x_TH: Tensor, dz: Tensor, scaled
     dgate_up_2IH, ddown_HI = g.dgate_up_2IH, g.ddown_HI
     if dgate_up_2IH is not None:
         dz_n2I = dz[2 * s.at :][: 2 * s.rows * s.width].view(s.rows, 2 * s.width)
-        g.add_gradient(dgate_up_2IH, dz_n2I, g.rows_of(x_TH, rows))
+        add_gradient(g, dgate_up_2IH, dz_n2I, g.rows_of(x_TH, rows), scratch)
     if ddown_HI is not None and scaled is not None:
         scaled_nI = scaled[s.at :][: s.rows * s.width].view(s.rows, s.width)
-        g.add_gradient(ddown_HI, g.rows_of(dy_TH, rows), scaled_nI)
+        add_gradient(g, ddown_HI, g.rows_of(dy_TH, rows), scaled_nI, scratch)
+
+
+def add_gradient(group: Group, gradient: Tensor, left_nA: Tensor, right_nB: Tensor, scratch: Any) -> None:
+    """As ``Group.add_gradient``; a float32 gradient of 16-bit rows without torch's 16-bit product between."""
+    wider = gradient.dtype == torch.float32 != left_nA.dtype
+    if wider and gradient.is_contiguous() and ops.kernels.has_weight_gradient():
+        again = group.rows > left_nA.shape[0]
+        ops.kernels.weight_gradient(left_nA, right_nB, gradient, again, scratch)
+    else:
+        group.add_gradient(gradient, left_nA, right_nB)

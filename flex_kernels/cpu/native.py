@@ -28,6 +28,7 @@ BLOCK_ROWS: int = _cpu_ops.BLOCK_ROWS
 HIDDEN_UNIT: int = _cpu_ops.HIDDEN_UNIT
 
 fused = _cpu_ops.fused
+has_weight_gradient = _cpu_ops.has_weight_gradient
 isa = _cpu_ops.isa
 isas = _cpu_ops.isas
 set_isa = _cpu_ops.set_isa
@@ -249,6 +250,27 @@ def down_backward(segments_SW: Tensor, dx_TH: Tensor, dtype: torch.dtype, scratc
     """dx[tokens] += dz gate_up for every segment."""
     dx = address("dx", dx_TH, torch.float32, tuple(dx_TH.shape))
     _cpu_ops.down_backward(DTYPES[dtype], *table(segments_SW), dx_TH.shape[1], dx, *scratch.arguments())
+
+
+def weight_gradient(
+    left_nA: Tensor, right_nB: Tensor, out_AB: Tensor, accumulate: bool, scratch: Scratch
+) -> None:
+    """out (+)= left^T right in float32, summed in the order of n; ``scratch`` is one for BLOCK_ROWS rows."""
+    (rows, height), width = left_nA.shape, right_nB.shape[1]
+    if not rows:
+        out_AB.mul_(accumulate)
+        return
+    _cpu_ops.weight_gradient(
+        dtype_code("left", left_nA),
+        address("left", left_nA, left_nA.dtype, (rows, height)),
+        address("right", right_nB, left_nA.dtype, (rows, width)),
+        rows,
+        height,
+        width,
+        address("out", out_AB, torch.float32, (height, width)),
+        accumulate,
+        *scratch.arguments(),
+    )
 
 
 def table(segments_SW: Tensor) -> tuple[int, int]:
