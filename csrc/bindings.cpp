@@ -46,6 +46,7 @@ PYBIND11_MODULE(_cpu_ops, m) {
 
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
   m.def("fused", [] { return kernels().fused; }, "Whether the fused feed-forward kernels exist for it.");
+  m.def("multiplies_int8", [] { return kernels().int8; }, "Whether these multiply int8 with int8 where they may.");
   m.def("set_isa", &set_isa,
         "Use 'amx', 'avx512', 'avx2', 'generic', or 'auto' for the best; ValueError if it cannot run.");
   m.def("isas", [] {
@@ -61,6 +62,8 @@ PYBIND11_MODULE(_cpu_ops, m) {
   m.attr("THIN_ROWS") = flex::kThinRows;
   m.attr("THIN_CODE_ROWS") = flex::kThinCodeRows;
   m.attr("BLOCK_ROWS") = flex::kBlockRows;
+  m.attr("INT8_GROUP") = flex::kInt8Group;
+  m.attr("INT8_UNIT") = flex::kInt8Unit;
   m.attr("HIDDEN_UNIT") = flex::kHiddenUnit;
   m.def("scratch_bytes", &scratch_bytes);
 

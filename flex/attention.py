@@ -58,7 +58,7 @@ def packed_attention(
     for b, lengths in enumerate(example_lengths):
         # split, not slices: its backward is one concatenation.
         parts = zip(*(t[b : b + 1].split(lengths, dim=2) for t in (query, key, value)))
-        rows.append(torch.cat([causal_attention(*part, dropout, scaling) for part in parts], dim=2))
+        rows.append(torch.cat([causal_attention(q, k, v, dropout, scaling) for q, k, v in parts], dim=2))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
 
 

@@ -89,6 +89,10 @@ class Model(Table):
         "of the frozen routed experts: '' holds them as the checkpoint does, 'int8' and 'nf4' quantise them",
         choices=("", "int8", "nf4"),
     )
+    int8_products: bool = setting(
+        False,
+        "with experts='int8': also round what they meet to int8, where the CPU is faster so",
+    )
     experts_implementation: str = setting(
         "flex_kernels",
         "what computes the layers of a strategy without a personal expert",
@@ -240,6 +244,11 @@ class Config:
         data, model, training = self.data, self.model, self.training
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", model.device):
             raise ConfigError(f"model.device={model.device!r} is not one of 'auto', 'cpu', 'cuda', 'cuda:N'")
+        if model.int8_products and model.experts != "int8":
+            raise ConfigError(
+                "model.int8_products=true goes with model.experts='int8', "
+                f"got model.experts={model.experts!r}"
+            )
         if model.experts and model.experts_implementation != "flex_kernels":
             raise ConfigError(
                 f"model.experts={model.experts!r} and model.experts_implementation="

@@ -146,8 +146,10 @@ def load_model(config: Config) -> tuple[Any, Any]:
 
     from flex.attention import PACKED
     from flex.loading import load
+    from flex_kernels import allow_int8_products
 
     place = usable_device(config)
+    allow_int8_products(config.model.int8_products)
     path = config.model.path
     if path == "demo":
         from flex.moefication import demo_model

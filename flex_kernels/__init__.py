@@ -4,6 +4,7 @@ from flex_kernels.checkpoint import checkpoint_contexts
 from flex_kernels.dispatch import BackendStatus, backends
 from flex_kernels.layer import flex_moe
 from flex_kernels.modules import FlexMoE
+from flex_kernels.precision import allow_int8_products
 from flex_kernels.quantize import Quantized
 from flex_kernels.types import Experts, Personal, Routed, Router, Shared
 
@@ -16,6 +17,7 @@ __all__ = [
     "Routed",
     "Router",
     "Shared",
+    "allow_int8_products",
     "backends",
     "checkpoint_contexts",
     "flex_moe",

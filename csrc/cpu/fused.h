@@ -10,6 +10,11 @@
 #include "cpu/dots.h"
 #include "cpu/tasks.h"
 #include "cpu/thin.h"
+#if defined(__AVX512VNNI__)
+#include "cpu/int8_products.h"
+#else
+#include "cpu/no_int8_products.h"
+#endif
 
 namespace {
 
@@ -62,9 +67,27 @@ inline WeightRows<E> gate_and_up_rows(const Place& place, int64_t hidden) {
 template <class E>
 void gate_and_up(const typename E::T* x, int64_t hidden, const Place& place, float* c, int64_t ldc,
                  const Workspace& work, const Area& coming) {
+  if (in_int8(*place.segment)) {
+    const Int8Operand rows = operand_of(*place.segment, hidden);
+    const Weight<E> gate = gate_up_of<E>(*place.segment).from(place.column, 0), lift = gate.from(place.segment->width, 0);
+    int8_rows_product<E>(rows, place.first_row, place.rows, gate, place.columns, c, ldc, work, lift.area(0, 1, 0, hidden));
+    c += pieces(place.columns, kPanelColumns) * kPanelColumns;
+    return int8_rows_product<E>(rows, place.first_row, place.rows, lift, place.columns, c, ldc, work, coming);
+  }
   dot_product<E>(x, hidden, address<const int32_t>(place.segment->tokens) + place.first_row, place.rows,
                  gate_and_up_rows<E>(place, hidden), c, ldc, pieces(place.columns, kPanelColumns) * kPanelColumns, work,
                  coming);
+}
+
+// The rows of x that segments multiply in int8.
+template <class E>
+void quantize_inputs(const void* x, int64_t hidden, const Segment* segments, int64_t count) {
+  quantize_operands<E>(
+      segments, count, [&](const Segment& s) { return operand_of(s, hidden); },
+      [&](const Segment& s, int64_t r) {
+        return static_cast<const typename E::T*>(x) + address<const int32_t>(s.tokens)[r] * hidden;
+      },
+      [](const Segment&) -> const uint16_t* { return nullptr; });
 }
 
 // a = silu(x gate^T) * (x up^T); keeps both products where the segment asks.
@@ -78,6 +101,7 @@ void up(const void* x, int64_t hidden, const Segment* segments, int64_t count, v
 #pragma omp parallel num_threads(threads)
   {
     const Workspace work(scratch, bytes, thread_index(), hidden);
+    quantize_inputs<E>(x, hidden, segments, count);
     for (int64_t task = thread_index(), next; task < tasks; task = next) {
       next = queue.take();
       const Place place = grid.place(task, segments);
@@ -109,15 +133,17 @@ inline int64_t even_width(int64_t hidden, int64_t width, int threads, int64_t un
   return pieces(pieces(hidden, slices), unit) * unit;
 }
 
-// A slice of columns of a projection's result at a time, all segments in turn: calls f(workspace, slice's first column,
-// its columns, first column of the slice that this thread takes next or -1).
-template <class F>
-void each_slice(int64_t hidden, int64_t width, void* scratch, int64_t bytes, int threads, int64_t most, F f) {
+// A slice of columns of a projection's result at a time, all segments in turn: calls prepare() in every thread, then
+// f(workspace, slice's first column, its columns, first column of the slice that this thread takes next or -1).
+template <class Prepare, class F>
+void each_slice(int64_t hidden, int64_t width, void* scratch, int64_t bytes, int threads, int64_t most, Prepare prepare,
+                F f) {
   const int64_t slices = pieces(hidden, width);
   Queue queue;
 #pragma omp parallel num_threads(threads)
   {
     const Workspace work(scratch, bytes, thread_index(), most);
+    prepare();
     for (int64_t slice = thread_index(), next; slice < slices; slice = next) {
       next = queue.take();
       f(work, slice * width, smaller(width, hidden - slice * width), next < slices ? next * width : -1);
@@ -149,7 +175,13 @@ void down(const Segment* segments, int64_t count, int64_t hidden, float* out, vo
   const auto rows_of = [&](int64_t i, int64_t column) {
     return WeightRows<E>(down_of<E>(segments[i]).from(column, 0), smaller(width, hidden - column), segments[i].width);
   };
-  each_slice(hidden, width, scratch, bytes, threads, longest(segments, count, hidden, 1),
+  const auto prepare = [&] {
+    quantize_operands<E>(
+        segments, count, [](const Segment& s) { return operand_of(s, s.width); },
+        [](const Segment& s, int64_t r) { return address<const T>(s.hidden) + r * s.width; },
+        [](const Segment&) -> const uint16_t* { return nullptr; });
+  };
+  each_slice(hidden, width, scratch, bytes, threads, longest(segments, count, hidden, 1), prepare,
              [&](const Workspace& work, int64_t column, int64_t columns, int64_t next) {
                const int64_t ldc = pieces(columns, kPanelColumns) * kPanelColumns;
                for (int64_t i = 0; i < count; ++i) {
@@ -159,8 +191,13 @@ void down(const Segment* segments, int64_t count, int64_t hidden, float* out, vo
                                      : next >= 0   ? rows_of(0, next).first_area()
                                                    : Area{};
                  evenly(s.rows, kBlockRows, [&](int64_t row, int64_t rows) {
-                   dot_product<E>(address<const T>(s.hidden) + row * s.width, s.width, nullptr, rows, own, work.c, ldc,
-                                  0, work, row + rows < s.rows ? own.first_area() : coming);
+                   const Area next_area = row + rows < s.rows ? own.first_area() : coming;
+                   if (in_int8(s))
+                     int8_rows_product<E>(operand_of(s, s.width), row, rows, own.part[0], columns, work.c, ldc, work,
+                                          next_area);
+                   else
+                     dot_product<E>(address<const T>(s.hidden) + row * s.width, s.width, nullptr, rows, own, work.c, ldc,
+                                    0, work, next_area);
                    add_rows(work.c, ldc, rows, address<const int32_t>(s.tokens) + row,
                             address<const float>(s.scale) + row, out + column, hidden, columns);
                  });
@@ -185,14 +222,20 @@ void down_backward(const Segment* segments, int64_t count, int64_t hidden, float
   const auto first_of = [&](int64_t i, int64_t column) {
     return PackedCut::is_thin(segments[i]) ? Area{} : columns_of(i, column, hidden - column).area(0, 0);
   };
-  each_slice(hidden, width, scratch, bytes, threads, longest(segments, count, hidden, 2),
+  const auto prepare = [&] {
+    quantize_operands<E>(
+        segments, count, [](const Segment& s) { return operand_of(s, 2 * s.width); },
+        [](const Segment& s, int64_t r) { return address<const T>(s.hidden) + 2 * r * s.width; },
+        [](const Segment& s) { return address<const uint16_t>(s.gate_up_scales); });
+  };
+  each_slice(hidden, width, scratch, bytes, threads, longest(segments, count, hidden, 2), prepare,
              [&](const Workspace& work, int64_t column, int64_t columns, int64_t next) {
                for (int64_t i = 0; i < count; ++i) {
                  const Segment& s = segments[i];
                  const int32_t* tokens = address<const int32_t>(s.tokens);
                  const T* dz = address<const T>(s.hidden);
                  const int64_t k = 2 * s.width;
-                 if (PackedCut::is_thin(s)) {
+                 if (!in_int8(s) && PackedCut::is_thin(s)) {
                    const int64_t ldc = pieces(columns, kPanelColumns) * kPanelColumns;
                    thin_product<E>(dz, k, nullptr, s.rows, k, gate_up_of<E>(s).from(0, column), columns, work.c, ldc,
                                    work);
@@ -209,8 +252,11 @@ void down_backward(const Segment* segments, int64_t count, int64_t hidden, float
                                        : next >= 0     ? first_of(0, next)
                                                        : Area{};
                    evenly(s.rows, kBlockRows, [&](int64_t row, int64_t rows) {
-                     column_product<E>(dz + row * k, k, nullptr, rows, own, work.c, ldc, work,
-                                       row + rows < s.rows ? own.area(0, 0) : coming);
+                     const Area next_area = row + rows < s.rows ? own.area(0, 0) : coming;
+                     if (in_int8(s))
+                       int8_product<E, false>(operand_of(s, k), row, rows, own.weight, some, work.c, ldc, work, next_area);
+                     else
+                       column_product<E>(dz + row * k, k, nullptr, rows, own, work.c, ldc, work, next_area);
                      add_rows(work.c, ldc, rows, tokens + row, nullptr, dx + column + start, hidden, some);
                    });
                  }
@@ -226,6 +272,8 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
   constexpr int64_t kUnit = flex::kPartialColumns;
   const Grid<PackedCut> grid(segments, count, false, threads);
   const int64_t tasks = grid.tasks(segments, count);
+  bool needs_x = false;
+  for (int64_t i = 0; i < count; ++i) needs_x = needs_x || (in_int8(segments[i]) && !segments[i].preact);
   const auto down_columns = [hidden](const Place& place) {
     return WeightColumns<E>{down_of<E>(*place.segment).from(0, place.column), place.columns, hidden};
   };
@@ -239,6 +287,13 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
 #pragma omp parallel num_threads(threads)
   {
     const Workspace work(scratch, bytes, thread_index(), hidden);
+    if (needs_x) quantize_inputs<E>(x, hidden, segments, count);
+    quantize_operands<E>(
+        segments, count, [&](const Segment& s) { return dy_operand_of(s, hidden); },
+        [&](const Segment& s, int64_t r) {
+          return static_cast<const T*>(dy) + address<const int32_t>(s.tokens)[r] * hidden;
+        },
+        [](const Segment& s) { return address<const uint16_t>(s.down_scales); });
     for (int64_t task = thread_index(), next; task < tasks; task = next) {
       next = queue.take();
       const Place place = grid.place(task, segments);
@@ -253,7 +308,10 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
       const int64_t lift = pieces(columns, kPanelColumns) * kPanelColumns, da = 2 * lift, across = 3 * lift;
       if (!s.preact)
         gate_and_up<E>(static_cast<const T*>(x), hidden, place, work.c, across, work, down_area(place));
-      if (PackedCut::is_thin(s))
+      if (in_int8(s))
+        int8_product<E, false>(dy_operand_of(s, hidden), place.first_row, place.rows, down_columns(place).weight, columns,
+                               work.c + da, across, work, coming);
+      else if (PackedCut::is_thin(s))
         thin_product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, hidden,
                         down_of<E>(s).from(0, place.column), columns, work.c + da, across, work);
       else

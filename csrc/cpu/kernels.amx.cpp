@@ -61,7 +61,7 @@ void down_backward_amx(int dtype, const Segment* segments, int64_t count, int64_
 }  // namespace
 
 extern const Kernels amx_table;
-const Kernels amx_table = {"amx", true, swiglu_any, swiglu_backward_any, scatter_add_any,
+const Kernels amx_table = {"amx", true, false, swiglu_any, swiglu_backward_any, scatter_add_any,
                            up_amx, down_amx, up_backward_amx, down_backward_amx, nullptr, TileWorkspace::bytes};
 
 }  // namespace flex

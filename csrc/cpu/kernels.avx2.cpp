@@ -9,7 +9,7 @@
 namespace flex {
 
 extern const Kernels avx2_table;
-const Kernels avx2_table = {"avx2", true, swiglu_any, swiglu_backward_any, scatter_add_any,
+const Kernels avx2_table = {"avx2", true, false, swiglu_any, swiglu_backward_any, scatter_add_any,
                              up_any, down_any, up_backward_any, down_backward_any, weight_gradient_any};
 
 }  // namespace flex

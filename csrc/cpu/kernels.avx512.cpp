@@ -1,4 +1,4 @@
-// The kernels for AVX-512 (F, BW, DQ, VL, BF16). Everything here lies in an anonymous namespace and no standard
+// The kernels for AVX-512 (F, BW, DQ, VL, VNNI, BF16). Everything here lies in an anonymous namespace and no standard
 // template is used: a function that the linker shared with other files could run there on a processor without
 // these instructions.
 #include "cpu/vector_avx512.h"
@@ -9,7 +9,7 @@
 namespace flex {
 
 extern const Kernels avx512_table;
-const Kernels avx512_table = {"avx512", true, swiglu_any, swiglu_backward_any, scatter_add_any,
+const Kernels avx512_table = {"avx512", true, true, swiglu_any, swiglu_backward_any, scatter_add_any,
                              up_any, down_any, up_backward_any, down_backward_any, weight_gradient_any};
 
 }  // namespace flex

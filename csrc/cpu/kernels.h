@@ -18,7 +18,7 @@ constexpr float kNf4Levels[16] = {-1.0f,       -0.6953125f, -0.5234375f, -0.3945
                                   -0.0908203125f, 0.0f,     0.07958984375f, 0.1611328125f, 0.24609375f, 0.337890625f,
                                   0.44140625f, 0.5625f,     0.72265625f, 1.0f};
 
-// One expert and the rows it serves: y[tokens[n]] += scale[n] * E(x[tokens[n]]). Eighteen int64 words, so that Python
+// One expert and the rows it serves: y[tokens[n]] += scale[n] * E(x[tokens[n]]). Twenty-two int64 words, so that Python
 // can lay out an array of them as an integer matrix. Addresses that a function does not need may be 0.
 struct Segment {
   int64_t gate_up;     // [2I, H] address, gate rows first
@@ -36,6 +36,10 @@ struct Segment {
   int64_t preact;      // z [n, 2I] in x's dtype: written by the forward pass, read by the backward pass; 0 for none
   int64_t dscale;      // backward: [n] float, <da, a> of each row
   int64_t scaled;      // backward: scale * a, [n, I] in x's dtype; 0 for none
+  // Room for rows rounded to int8, of a segment that may be multiplied so; 0 for none. Codes of n rows of at most H and I
+  // elements (backward: H and 2I), each rounded up to kInt8Unit, and a float for every kInt8Group of them.
+  int64_t codes, code_scales;
+  int64_t dy_codes, dy_scales;  // backward: of n rows of H elements
 };
 
 // Geometry of the fused kernels, the same for every instruction set. A "word" is 32 bits of packed operand: one
@@ -50,6 +54,8 @@ constexpr int64_t kPartialColumns = 64;     // columns of I in a part sum of dsc
 // Segments of no more rows (of codes) are bound by the reading of weights (thin.h), and want longer stretches of them.
 constexpr int64_t kThinRows = 12, kThinCodeRows = 32;
 constexpr int64_t kThinColumns = 512;       // columns of I in a task; twice as many of H
+constexpr int64_t kInt8Group = 128;         // elements of a row that share a scale where it is rounded to int8
+constexpr int64_t kInt8Unit = 64;           // elements of its codes come in whole units
 // Room of a forward segment's hidden rows: I rounded up to this many elements a row. The last segment of a buffer is
 // followed by as many more, which kernels may read.
 constexpr int64_t kHiddenUnit = 32;
@@ -74,6 +80,8 @@ struct Kernels {
   const char* name;
   // Whether the fused functions below exist; the plain build leaves products to torch.
   bool fused;
+  // Whether they multiply in int8 the segments that have room for codes; others leave that room alone.
+  bool int8;
 
   // a[r, :] = silu(z[r, :I]) * z[r, I:]
   void (*swiglu)(int dtype, const void* z, void* a, int64_t rows, int64_t width, int threads);
@@ -105,7 +113,7 @@ struct Kernels {
 
 const Kernels* generic_kernels();
 const Kernels* avx2_kernels();    // null where this build or this processor lacks it
-const Kernels* avx512_kernels();  // AVX-512 F, BW, DQ, VL and BF16
+const Kernels* avx512_kernels();  // AVX-512 F, BW, DQ, VL, VNNI and BF16
 const Kernels* amx_kernels();     // these, AMX-TILE and AMX-BF16
 
 // Asks for huge pages under [address, address + bytes), where the system gives them on request; else does nothing.

@@ -28,7 +28,8 @@ def describe() -> str:
     if ops.kernels is ops.fallback:
         return f"plain torch, {threads}; the native extension is missing: {ops.BUILD_HINT}"
     engine = "fused kernels" if ops.fused() else "torch GEMMs"
-    return f"{engine}, {ops.kernels.isa()}, {threads}"
+    products = ", int8 products" if ops.int8_products() else ""
+    return f"{engine}, {ops.kernels.isa()}{products}, {threads}"
 
 
 def route(

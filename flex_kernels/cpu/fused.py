@@ -161,12 +161,34 @@ class WeightWords:
         return self.matrix[expert], self.stride, self.scales[expert], self.scales_stride, self.kind
 
 
+class Int8Room:
+    """Where the kernels leave rows of up to ``columns`` elements rounded to int8, and their scales."""
+
+    def __init__(self, rows: int, columns: int):
+        unit, group = ops.kernels.INT8_UNIT, ops.kernels.INT8_GROUP
+        self.codes = torch.empty(rows, -(-columns // unit) * unit, dtype=torch.int8)
+        self.scales = torch.empty(rows, -(-columns // group))
+
+    def __getitem__(self, row: int) -> tuple[int, int]:
+        codes, scales = self.codes, self.scales
+        return codes.data_ptr() + row * codes.stride(0), scales.data_ptr() + 4 * row * scales.stride(0)
+
+
+def in_int8(block: Block) -> bool:
+    """Whether the kernels multiply this block's codes with rows rounded to int8."""
+    weights = (block.gate_up_E2IH, block.down_EHI)
+    return ops.int8_products() and all(
+        isinstance(w, Quantized) and w.kind == "int8" and w.scales.stride(-1) == 1 for w in weights
+    )
+
+
 class BlockWords:
     """Rows of the kernels' table for the segments of one block, in the order of ``Segment`` in
     csrc/cpu/kernels.h.
     """
 
     def __init__(self, block: Block, hidden: Tensor, factor: int, scaled: Tensor | None):
+        self.in_int8 = in_int8(block)
         self.gate_up, self.down = WeightWords(block.gate_up_E2IH), WeightWords(block.down_EHI)
         self.tokens, self.scale = RowAddresses(block.tokens_N), RowAddresses(block.scale_N)
         self.preact, self.dscale = RowAddresses(block.preact_N2I), RowAddresses(block.dscale_N)
@@ -190,17 +212,35 @@ class BlockWords:
 
 
 class Table:
-    """Makes the kernels' tables of a call: a row a segment."""
+    """Makes the kernels' tables of a call: a row a segment.
 
-    def __init__(self, groups: list[Group], hidden: Tensor, factor: int, scaled: Tensor | None):
-        blocks = {id(g.block): g.block for g in groups}
+    Args:
+        columns: elements of a row of x. factor: 1 for the forward pass, 2 for the backward pass.
+    """
+
+    def __init__(
+        self, work: list[list[Segment]], columns: int, hidden: Tensor, factor: int, scaled: Tensor | None
+    ):
+        blocks = {id(s.group.block): s.group.block for batch in work for s in batch}
         self.words = {name: BlockWords(block, hidden, factor, scaled) for name, block in blocks.items()}
+        self.rooms: list[Int8Room] = []
+        widths = [block.down_EHI.shape[2] for name, block in blocks.items() if self.words[name].in_int8]
+        if widths:
+            rows = max(sum(s.rows for s in batch) for batch in work)
+            rooms = Int8Room(rows, max(columns, factor * max(widths))), Int8Room(rows, columns)
+            self.rooms = list(rooms[:factor])
 
     def of(self, batch: list[Segment]) -> Tensor:
         # torch.tensor takes twice as long over a list of rows.
         flat = array("q")
+        row = 0
         for s in batch:
-            flat.extend(self.words[id(s.group.block)][s])
+            words = self.words[id(s.group.block)]
+            flat.extend(words[s])
+            rooms = self.rooms if words.in_int8 else []
+            flat.extend(address for room in rooms for address in room[row])
+            flat.extend([0] * (4 - 2 * len(rooms)))
+            row += s.rows
         return torch.frombuffer(flat, dtype=torch.int64).view(len(batch), -1)
 
 
@@ -210,7 +250,7 @@ def forward(x_TH: Tensor, groups: list[Group], out_TH: Tensor) -> None:
     scratch = make_scratch(groups, x_TH.shape[1], 1)
     # Kernels may read on behind the last row.
     hidden = ops.kernels.empty(widest_batch(work) + ops.kernels.HIDDEN_UNIT, dtype=x_TH.dtype)
-    table = Table(groups, hidden, 1, None)
+    table = Table(work, x_TH.shape[1], hidden, 1, None)
     for batch in work:
         segments = table.of(batch)
         ops.kernels.up(x_TH, segments, scratch)
@@ -227,7 +267,7 @@ def backward(dy_TH: Tensor, x_TH: Tensor, groups: list[Group], dx_TH: Tensor | N
     scaled = torch.empty(widest, dtype=x_TH.dtype) if trains_down else None
     columns = ops.kernels.PARTIAL_COLUMNS
     partial = torch.empty(max((sum(s.rows * -(-s.width // columns) for s in b) for b in work), default=0))
-    table = Table(groups, dz, 2, scaled)
+    table = Table(work, x_TH.shape[1], dz, 2, scaled)
     for batch in work:
         segments = table.of(batch)
         ops.kernels.up_backward(x_TH, dy_TH, segments, partial, scratch)

@@ -26,9 +26,12 @@ THIN_ROWS: int = _cpu_ops.THIN_ROWS
 THIN_CODE_ROWS: int = _cpu_ops.THIN_CODE_ROWS
 BLOCK_ROWS: int = _cpu_ops.BLOCK_ROWS
 HIDDEN_UNIT: int = _cpu_ops.HIDDEN_UNIT
+INT8_GROUP: int = _cpu_ops.INT8_GROUP
+INT8_UNIT: int = _cpu_ops.INT8_UNIT
 
 fused = _cpu_ops.fused
 has_weight_gradient = _cpu_ops.has_weight_gradient
+multiplies_int8 = _cpu_ops.multiplies_int8
 isa = _cpu_ops.isa
 isas = _cpu_ops.isas
 set_isa = _cpu_ops.set_isa

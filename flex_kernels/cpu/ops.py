@@ -9,6 +9,7 @@ import warnings
 from types import ModuleType
 
 from flex_kernels.cpu import fallback
+from flex_kernels.precision import int8_products_allowed
 
 kernels: ModuleType = fallback
 if importlib.util.find_spec("flex_kernels._cpu_ops") is not None:
@@ -32,6 +33,11 @@ BUILD_HINT = "build it with `pip install .` or `python setup.py build_ext --inpl
 def fused() -> bool:
     """Whether the fused feed-forward kernels can run on this processor."""
     return kernels is not fallback and kernels.fused()
+
+
+def int8_products() -> bool:
+    """Whether int8 experts are multiplied in int8: allowed, and among what these kernels can."""
+    return int8_products_allowed() and kernels is not fallback and kernels.multiplies_int8()
 
 
 @functools.cache
