@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flex_kernels import Experts, Personal, Router, Shared, flex_moe
+from flex_kernels import Experts, Personal, Router, Shared, allow_int8_products, flex_moe
 from flex_kernels.quantize import Kind
 
 
@@ -86,13 +86,19 @@ def make_layer(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Layer:
 
 
 def flex_layer(
-    layer: Layer, save: str, with_personal: bool, kind: Kind | None = None
+    layer: Layer, save: str, with_personal: bool, kind: Kind | None = None, int8_products: bool = False
 ) -> Callable[[Tensor], Tensor]:
+    """``int8_products`` holds from a forward pass to the next one of any layer made here."""
     router = Router(layer.router, layer.shape.K, normalize=layer.shape.normalize)
     experts = Experts(layer.gate_up, layer.down) if kind is None else layer.quantized(kind)
     shared = None if layer.shared is None else Shared(*layer.shared)
     personal = Personal(*layer.personal) if with_personal else None
-    return lambda x: flex_moe(x, router, experts, personal, shared, save=save, backend="cpu")  # type: ignore[arg-type]
+
+    def run(x_TH: Tensor) -> Tensor:
+        allow_int8_products(int8_products)
+        return flex_moe(x_TH, router, experts, personal, shared, save=save, backend="cpu")  # type: ignore[arg-type]
+
+    return run
 
 
 def stock_layer(layer: Layer, implementation: str, with_personal: bool) -> Callable[[Tensor], Tensor]:
@@ -160,8 +166,11 @@ def dense_layer(layer: Layer, with_personal: bool) -> Callable[[Tensor], Tensor]
 def implementations(
     layer: Layer, with_personal: bool, kinds: Sequence[Kind] = ()
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Every implementation by name; quantised experts of ``kinds`` with save="preact"."""
+    """Every implementation by name; quantised experts of ``kinds`` with save="preact", int8 ones also
+    multiplied in int8."""
     quantized = {f"flex {kind}": flex_layer(layer, "preact", with_personal, kind) for kind in kinds}
+    if "int8" in kinds:
+        quantized["flex int8 products"] = flex_layer(layer, "preact", with_personal, "int8", True)
     return {
         "flex recompute": flex_layer(layer, "recompute", with_personal),
         "flex preact": flex_layer(layer, "preact", with_personal),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from flex.generate import open_writer
 from flex.models import find_blocks
 from flex.quantized import kind_of
 from flex.session import load_model, open_run
+from flex_kernels import allow_int8_products
+from flex_kernels.precision import int8_products_allowed
 from flex_kernels.quantize import quantize
 
 
@@ -140,6 +143,10 @@ def test_the_comparison_measures_our_layer_quantised_and_the_stock_one_as_it_is(
         ({"experts": "int4"}, r"model\.experts='int4' is not one of '', 'int8', 'nf4'"),
         ({"experts": "flex_kernels"}, r"model\.experts='flex_kernels' is not one of"),
         (
+            {"experts": "nf4", "int8_products": True},
+            r"model\.int8_products=true goes with model\.experts='int8', got model\.experts='nf4'",
+        ),
+        (
             {"experts": "nf4", "experts_implementation": "eager"},
             r"model\.experts_implementation='eager': only 'flex_kernels' computes with quantised experts",
         ),
@@ -148,6 +155,16 @@ def test_the_comparison_measures_our_layer_quantised_and_the_stock_one_as_it_is(
 def test_a_precision_that_cannot_be_is_refused_before_anything_is_loaded(model, message):
     with pytest.raises(ConfigError, match=message):
         Config.from_dict({"model": model})
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_loading_a_model_sets_what_its_products_may_round(place, tmp_path, allowed):
+    settings = config(place, "model", tmp_path / "x", "int8")
+    try:
+        load_model(replace(settings, model=replace(settings.model, int8_products=allowed)))
+        assert int8_products_allowed() == allowed
+    finally:
+        allow_int8_products(False)
 
 
 def test_the_demo_passes_the_precision_on(tmp_path):
