@@ -34,10 +34,10 @@ from flex_kernels.reference import route
 def gptq(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Round the routed experts of a Hugging Face model to "nf4" with error feedback, in place.
 
-    Format, bytes and kernels are those of ``flex.load(..., experts="nf4")``, and so is the model that is left:
-    it runs on the fused layer, and :func:`flex.graft` and :func:`flex.save` take it as it is. Second moments
-    are held of one expert at a time, in float64 8 max(H, I)^2 bytes and a few copies; activations are those
-    of one forward pass over all tokens of ``batches``, a few thousand of which are enough.
+    Format, bytes and kernels are those of ``flex.load(..., experts="nf4")``. The model that is left runs on
+    the fused layer; :func:`flex.graft` and :func:`flex.save` take it as it is. Second moments are held of one
+    expert at a time (8 max(H, I)^2 bytes in float64, and a few copies); activations are those of one forward
+    pass over all tokens of ``batches``, of which a few thousand are enough.
 
     Args:
         model: of a supported architecture with plain experts, not grafted; LoRA adapters stay active.

@@ -18,10 +18,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flex_kernels.nf4 import CELLS, GROUP_COLUMNS, Nf4Encoder, cells, nonzero
+from flex_kernels.nf4 import CELLS, GROUP_COLUMNS, NF4_LEVELS, Nf4Encoder, cells, nonzero
 
 # Feedback adds multiples of errors to a weight: larger ones might leave float32.
 LARGEST = 1e30
+CODE_OF_ZERO = NF4_LEVELS.index(0.0)
 
 
 def round_with_feedback(weight_MRC: Tensor, moments_MCC: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,7 @@ def round_with_feedback(weight_MRC: Tensor, moments_MCC: Tensor) -> tuple[Tensor
     feedback_MCC, counts_MC = columns_of_factor(moments_MCC)
     weight_MCR = weight_MRC.mT.contiguous()
     error_MCR = torch.empty_like(weight_MCR)
-    code_MCR = torch.zeros(M, C + C % 2, R, dtype=torch.uint8, device=device)
+    code_MCR = torch.full((M, C + C % 2, R), CODE_OF_ZERO, dtype=torch.uint8, device=device)
     scales_MRN = torch.empty(M, R, -(-C // GROUP_COLUMNS), dtype=torch.bfloat16, device=device)
     encoder = Nf4Encoder(M * R, min(C, GROUP_COLUMNS), device)
     for n, first in enumerate(range(0, C, GROUP_COLUMNS)):
