@@ -28,7 +28,8 @@ CODE_OF_ZERO = NF4_LEVELS.index(0.0)
 def round_with_feedback(weight_MRC: Tensor, moments_MCC: Tensor) -> tuple[Tensor, Tensor]:
     """(codes [M, R, ceil(C / 2)] uint8, scales [M, R, ceil(C / 64)] bfloat16) of float32 weights.
 
-    A group's scales are chosen when its turn comes, from what its columns are rounded from.
+    A group's scales are chosen when its turn comes, for what its columns have become by then. The steps are
+    greedy: a matrix of fewer columns than a group can lose more than by rounding each weight by itself.
 
     Args:
         moments_MCC: positive definite; float64 keeps their triangular factor exact.

@@ -26,7 +26,7 @@ KINDS = ("int8", "nf4")
 LARGEST_INT8 = 127
 # Added to the importance of every column, times their mean: none counts for nothing.
 DAMPING = 0.01
-# Likewise of second moments. GPTQ adds 0.01; from few inputs 0.1 left less error, from many no more.
+# Likewise of second moments. GPTQ adds 0.01; 0.1 loses less where inputs are fewer than columns.
 FEEDBACK_DAMPING = 0.1
 # Rows that are rounded with error feedback at a time: what a column's step touches then stays in cache.
 ROWS = 4096
