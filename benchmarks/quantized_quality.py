@@ -8,7 +8,8 @@ Layers: the relative error of each layer's routed sum on held-out text,
 layer and for the same routing: what rounding alone does there. Perplexity: on the held-out texts of the demo
 model's conversion, in bfloat16, every model on the same kernels; and the Kullback-Leibler divergence of a
 token's distribution from the bfloat16 model's, which differs less from one rounding to the next like it.
-"nf4 calibrated" knows the importance of columns (flex.column_importance) from texts that are not held out.
+"nf4 calibrated" knows the importance of columns (flex.column_importance) from texts that are not held out,
+"nf4 gptq" is rounded with error feedback on the same texts (flex.gptq).
 Federation: FLEx as the demo runs it, the mean held-out loss of an answer token before and after.
 
 Numbers, not times: they do not depend on what else the machine does. The file is written after every part,
@@ -21,9 +22,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,13 @@ from flex.config import Config
 from flex.files import atomic_write
 from flex.importance import Importance
 from flex.quantized import expert_bytes
+from flex_kernels import Experts
 from flex_kernels.quantize import KINDS, Kind
 
 PRECISIONS: tuple[Kind | None, ...] = (None, *KINDS)
-CALIBRATED = "nf4 calibrated"
+CALIBRATED, FEEDBACK = "nf4 calibrated", "nf4 gptq"
+# A layer's name and its experts in float32 -> the experts rounded.
+Rounding = Callable[[str, Experts], Experts]
 DTYPE = torch.bfloat16
 
 
@@ -46,21 +50,34 @@ def name_of(experts: Kind | None) -> str:
     return experts or "bfloat16"
 
 
+def nearest(kind: Kind, importance: Importance | None = None) -> Rounding:
+    """Every weight by itself."""
+    return lambda layer, exact: Experts.quantize(
+        exact.gate_up, exact.down, kind, importance[layer] if importance else None
+    )
+
+
+def held_by(model: Any) -> Rounding:
+    """As the layers of ``model`` hold them."""
+    from flex.models import find_blocks
+
+    blocks = find_blocks(model)
+    return lambda layer, exact: blocks[layer][1].experts(blocks[layer][0])
+
+
+PLAIN_ROUNDINGS = {kind: nearest(kind) for kind in KINDS}
+
+
 @torch.no_grad()
 def layer_errors(
-    model: Any, ids_BL: Tensor, importance: Importance | None = None
+    model: Any, ids_BL: Tensor, roundings: Mapping[str, Rounding] = PLAIN_ROUNDINGS
 ) -> dict[str, dict[str, float]]:
-    """kind -> layer -> relative error of the routed sum on ``ids_BL``; ``model`` has plain experts.
-
-    With ``importance``, also of the calibrated kind.
-    """
+    """kind -> layer -> relative error of the routed sum on ``ids_BL``; ``model`` has plain experts."""
     from flex.models import find_blocks
     from flex.watch import body_of, watch_inputs
-    from flex_kernels import Experts, flex_moe
+    from flex_kernels import flex_moe
 
-    errors: dict[str, dict[str, float]] = {
-        kind: {} for kind in (*KINDS, *([CALIBRATED] if importance else []))
-    }
+    errors: dict[str, dict[str, float]] = {kind: {} for kind in roundings}
     blocks = find_blocks(model)
 
     def see(layer: str, x_TH: Tensor) -> None:
@@ -69,10 +86,8 @@ def layer_errors(
         x_TH = x_TH.float()
         exact = Experts(plain.gate_up.float(), plain.down.float())
         y_TH = flex_moe(x_TH, router, exact)
-        for kind in errors:
-            of_columns = importance[layer] if importance and kind == CALIBRATED else None
-            rounded = Experts.quantize(exact.gate_up, exact.down, kind.split()[0], of_columns)
-            miss_TH = flex_moe(x_TH, router, rounded) - y_TH
+        for kind, rounding in roundings.items():
+            miss_TH = flex_moe(x_TH, router, rounding(layer, exact)) - y_TH
             errors[kind][layer] = float(miss_TH.norm() / y_TH.norm())
 
     with watch_inputs(model, {name: block for name, (block, _) in blocks.items()}, see):
@@ -94,20 +109,22 @@ def divergence(model: Any, other: Any, ids_BL: Tensor, rows: int = 2) -> float:
     return total / count
 
 
-def perplexities(
-    path: str, experts: Kind | None, texts: Mapping[str, Tensor], importance: Importance | None = None
-) -> dict[str, Any]:
-    """``perplexity`` and ``divergence`` of each text, and ``expert_bytes`` that the routed experts hold."""
-    import flex
-    from flex.block import moe_blocks
-    from flex.moefication.measure import perplexity
+def calibrated_model(path: str, importance: Importance) -> Any:
+    from flex.models import find_blocks
     from flex.quantized import quantize_experts
 
-    plain = flex.load(path, dtype=DTYPE)
-    model = flex.load(path, None if importance else experts, DTYPE)
-    if importance:
-        for name, (block, adapter) in moe_blocks(model).items():
-            quantize_experts(adapter.part(block, "experts"), experts, importance[name])
+    model = flex_load(path)
+    for name, (block, adapter) in find_blocks(model).items():
+        quantize_experts(adapter.part(block, "experts"), "nf4", importance[name])
+    return model
+
+
+def perplexities(path: str, make: Callable[[], Any], texts: Mapping[str, Tensor]) -> dict[str, Any]:
+    """``perplexity`` and ``divergence`` of each text, and ``expert_bytes`` that the routed experts hold."""
+    from flex.block import moe_blocks
+    from flex.moefication.measure import perplexity
+
+    plain, model = flex_load(path), make()
     for m in (plain, model):
         m.set_experts_implementation("flex_kernels")
     return {
@@ -115,6 +132,12 @@ def perplexities(
         "divergence": {kind: divergence(model, plain, ids) for kind, ids in texts.items()},
         "expert_bytes": expert_bytes(adapter.experts(block) for block, adapter in moe_blocks(model).values()),
     }
+
+
+def flex_load(path: str, experts: Kind | None = None) -> Any:
+    import flex
+
+    return flex.load(path, experts, DTYPE)
 
 
 def federation(config: Config) -> dict[str, Any]:
@@ -167,7 +190,7 @@ def measure(
         path: the model's folder.
         texts: kind of text -> ids_BL.
         configs: precision -> the federation to run.
-        calibration: ids_BL to take the importance of columns from; none leaves the calibrated kind out.
+        calibration: ids_BL to round by; none leaves out the kinds that are calibrated.
     """
     import flex
 
@@ -178,22 +201,46 @@ def measure(
     content["calibration_tokens"] = sum(ids.numel() for ids in calibration)
     content["held_out_tokens"] = {kind: ids.numel() for kind, ids in texts.items()}
 
+    def write(done: str) -> None:
+        with atomic_write(out) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(f"{done}: written", flush=True)
+
     def add(section: str, key: str, make: Any) -> None:
         if key not in content.setdefault(section, {}):
             content[section][key] = make()
-            with atomic_write(out) as temporary:
-                temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            print(f"{section}, {key}: written", flush=True)
+            write(f"{section}, {key}")
 
-    model = flex.load(path, dtype=DTYPE)
-    importance = flex.column_importance(model, calibration) if calibration else None
-    for kind, ids_BL in texts.items():
-        add("layer_error", kind, partial(layer_errors, model, ids_BL[:1], importance))
+    @cache
+    def fed_back() -> Any:
+        model = flex_load(path)
+        flex.gptq(model, calibration)
+        return model
+
+    model = flex_load(path)
+    roundings = dict(PLAIN_ROUNDINGS)
+    if calibration:
+        importance = flex.column_importance(model, calibration)
+        roundings |= {
+            CALIBRATED: nearest("nf4", importance),
+            FEEDBACK: lambda layer, exact: held_by(fed_back())(layer, exact),
+        }
+    for text, ids_BL in texts.items():
+        held = content.setdefault("layer_error", {}).setdefault(text, {})
+        missing = {kind: rounding for kind, rounding in roundings.items() if kind not in held}
+        if missing:
+            held |= layer_errors(model, ids_BL[:1], missing)
+            write(f"layer_error, {text}")
     del model
     for experts in PRECISIONS:
-        add("models", name_of(experts), partial(perplexities, path, experts, texts))
-    if importance:
-        add("models", CALIBRATED, partial(perplexities, path, "nf4", texts, importance))
+        add("models", name_of(experts), partial(perplexities, path, partial(flex_load, path, experts), texts))
+    if calibration:
+        add(
+            "models",
+            CALIBRATED,
+            partial(perplexities, path, partial(calibrated_model, path, importance), texts),
+        )
+        add("models", FEEDBACK, partial(perplexities, path, fed_back, texts))
     for name, config in configs.items():
         add("federation", name, partial(federation, config))
 

@@ -19,6 +19,7 @@ _HOMES = {
     "RunResult": "flex.federation",
     "add_lora": "flex.lora",
     "column_importance": "flex.importance",
+    "gptq": "flex.feedback",
     "graft": "flex.grafting",
     "load": "flex.loading",
     "load_personal": "flex.state",

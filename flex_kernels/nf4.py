@@ -33,6 +33,11 @@ def nonzero(scales: Tensor) -> Tensor:
     return torch.where(scales == 0, 1.0, scales.float())
 
 
+def cells(scaled: Tensor) -> Tensor:
+    """Numbers, as floats from 0 to 2 CELLS, of the cells that hold CELLS weight / scale; overwrites them."""
+    return scaled.ceil_().clamp_(-CELLS, CELLS).add_(CELLS)
+
+
 class Nf4Encoder:
     """Rounds ``rows`` rows of ``columns`` float32 weights at a time, in memory that is taken once.
 
@@ -63,17 +68,21 @@ class Nf4Encoder:
         Args:
             importance_RC: what a weight's squared error counts; None counts all alike.
         """
-        self.padded_RC[:, : self.columns] = weight_RC
-        if importance_RC is not None:
-            missing = self.padded_RC.shape[1] - self.columns
-            padded_RC = torch.nn.functional.pad(importance_RC, (0, missing))
-            self.importance_NG = padded_RC.reshape(-1, GROUP_COLUMNS)
+        self.take(weight_RC, importance_RC)
         scales_N = self.best_scales()
         self.place(scales_N)
         even, odd = self.cell_NG[:, ::2], self.cell_NG[:, 1::2]
         low, high = (table.expand(len(even), -1) for table in (self.low, self.high))
         codes_RC = (low.gather(1, even) | high.gather(1, odd)).view(self.rows, -1)
         return codes_RC[:, : -(-self.columns // 2)], scales_N.view(self.rows, -1)
+
+    def take(self, weight_RC: Tensor, importance_RC: Tensor | None) -> None:
+        """The weights that :meth:`best_scales` is then about."""
+        self.padded_RC[:, : self.columns] = weight_RC
+        if importance_RC is not None:
+            missing = self.padded_RC.shape[1] - self.columns
+            padded_RC = torch.nn.functional.pad(importance_RC, (0, missing))
+            self.importance_NG = padded_RC.reshape(-1, GROUP_COLUMNS)
 
     def best_scales(self) -> Tensor:
         """The scale [N] bfloat16 of each group that leaves the least error of those tried."""
@@ -100,7 +109,7 @@ class Nf4Encoder:
         """Divide the weights by their scales and find their cells."""
         torch.div(self.weight_NG, nonzero(scales_N)[:, None], out=self.scaled_NG)
         torch.mul(self.scaled_NG, CELLS, out=self.miss_NG)
-        self.cell_NG.copy_(self.miss_NG.ceil_().clamp_(-CELLS, CELLS).add_(CELLS))
+        self.cell_NG.copy_(cells(self.miss_NG))
 
     def error(self, table: Tensor, scales_N: Tensor, unit_N: Tensor) -> Tensor:
         """Squared errors [N] of the levels that ``table`` has for the weights placed by ``scales_N``.

@@ -76,7 +76,7 @@ class Experts:
         Args:
             importance: of the columns of ``gate_up`` [E, H] and of ``down`` [E, I], for "nf4": the mean
                 squares of x and of silu(gate_j x) * (up_j x) over the tokens that expert j sees. None counts
-                all columns alike.
+                all columns alike. Or their second moments [E, H, H] and [E, I, I], for error feedback.
 
         Raises:
             TypeError, ValueError: as :func:`flex_kernels.quantize.quantize`.

@@ -209,9 +209,14 @@ def test_experts_take_an_importance_for_each_matrix():
     "kind, importance, error, message",
     [
         ("int8", torch.ones(2, 7), ValueError, "importance is for kind='nf4'"),
-        ("nf4", [1.0], TypeError, r"importance must be a float tensor \[..., C\], got list"),
+        ("nf4", [1.0], TypeError, r"must be a float tensor \[..., C\] or \[..., C, C\], got list"),
         ("nf4", torch.ones(2, 7, dtype=torch.int32), TypeError, "got torch.int32"),
-        ("nf4", torch.ones(7), ValueError, r"a weight \[2, 3, 7\] must be \[2, 7\], got \[7\]"),
+        (
+            "nf4",
+            torch.ones(7),
+            ValueError,
+            r"a weight \[2, 3, 7\] must be \[2, 7\] or \[2, 7, 7\], got \[7\]",
+        ),
         ("nf4", torch.ones(2, 7) * -1, ValueError, "negative or not finite"),
         ("nf4", torch.full((2, 7), torch.nan), ValueError, "negative or not finite"),
     ],

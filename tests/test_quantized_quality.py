@@ -62,7 +62,7 @@ def place(tmp_path_factory):
 
 def test_the_file_holds_every_part(place):
     content = json.loads((place / "out.json").read_text())
-    assert set(content["models"]) == {"bfloat16", "int8", "nf4", "nf4 calibrated"}
+    assert set(content["models"]) == {"bfloat16", "int8", "nf4", "nf4 calibrated", "nf4 gptq"}
     assert content["models"]["bfloat16"]["divergence"] == {"one": 0.0, "two": 0.0}
     assert all(
         0 < of["divergence"]["one"] < 0.1 for name, of in content["models"].items() if name != "bfloat16"
@@ -81,7 +81,8 @@ def test_the_file_holds_every_part(place):
     assert 0 < content["layer_error"]["one"]["int8"]["model.layers.0.mlp"] < 0.05
     assert content["layer_error"]["one"]["nf4"]["model.layers.0.mlp"] < 0.4
     errors = content["layer_error"]["one"]
-    assert errors["nf4 calibrated"] != errors["nf4"]
+    assert errors["nf4 calibrated"] != errors["nf4"] and errors["nf4 gptq"] != errors["nf4 calibrated"]
+    assert content["models"]["nf4 gptq"]["expert_bytes"] == content["models"]["nf4"]["expert_bytes"]
 
 
 def test_parts_that_the_file_holds_are_kept(place):
@@ -91,6 +92,17 @@ def test_parts_that_the_file_holds_are_kept(place):
     texts = {"one": torch.arange(40).view(2, 20)}
     measure(str(place / "model"), place / "out.json", texts, {"nf4": None}, threads=1)
     assert json.loads((place / "out.json").read_text())["federation"]["nf4"]["rounds"] == 99
+
+
+def test_a_kind_that_the_file_lacks_is_measured_beside_those_it_holds(place, tmp_path):
+    content = json.loads((place / "out.json").read_text())
+    whole = content["layer_error"]["one"].pop("nf4 gptq")
+    content["layer_error"]["one"]["int8"] = {"kept": 1.0}
+    (tmp_path / "out.json").write_text(json.dumps(content))
+    texts = {"one": torch.arange(40).view(2, 20)}
+    measure(str(place / "model"), tmp_path / "out.json", texts, {}, 1, [torch.arange(50, 90).view(2, 20)])
+    errors = json.loads((tmp_path / "out.json").read_text())["layer_error"]["one"]
+    assert errors["int8"] == {"kept": 1.0} and errors["nf4 gptq"] == whole
 
 
 def test_the_tables_show_ratios_to_bfloat16():
