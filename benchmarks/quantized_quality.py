@@ -9,7 +9,9 @@ layer and for the same routing: what rounding alone does there. Perplexity: on t
 model's conversion, in bfloat16, every model on the same kernels; and the Kullback-Leibler divergence of a
 token's distribution from the bfloat16 model's, which differs less from one rounding to the next like it.
 "nf4 calibrated" knows the importance of columns (flex.column_importance) from texts that are not held out,
-"nf4 gptq" is rounded with error feedback on the same texts (flex.gptq).
+"nf4 gptq" is rounded with error feedback on the same texts (flex.gptq). "int8 products" are int8 experts
+whose inputs and gradients are rounded to int8 too (flex_kernels.allow_int8_products), on processors that
+use it.
 Federation: FLEx as the demo runs it, the mean held-out loss of an answer token before and after.
 
 Numbers, not times: they do not depend on what else the machine does. The file is written after every part,
@@ -22,7 +24,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -36,11 +39,13 @@ from flex.config import Config
 from flex.files import atomic_write
 from flex.importance import Importance
 from flex.quantized import expert_bytes
-from flex_kernels import Experts
+from flex_kernels import Experts, allow_int8_products
+from flex_kernels.cpu import ops
 from flex_kernels.quantize import KINDS, Kind
 
 PRECISIONS: tuple[Kind | None, ...] = (None, *KINDS)
 CALIBRATED, FEEDBACK = "nf4 calibrated", "nf4 gptq"
+PRODUCTS = "int8 products"
 # A layer's name and its experts in float32 -> the experts rounded.
 Rounding = Callable[[str, Experts], Experts]
 DTYPE = torch.bfloat16
@@ -48,6 +53,21 @@ DTYPE = torch.bfloat16
 
 def name_of(experts: Kind | None) -> str:
     return experts or "bfloat16"
+
+
+@contextmanager
+def products_of(kind: str) -> Iterator[None]:
+    """int8 products within the block for the kind that is named after them."""
+    allow_int8_products(kind == PRODUCTS)
+    try:
+        yield
+    finally:
+        allow_int8_products(False)
+
+
+def multiplies_int8() -> bool:
+    with products_of(PRODUCTS):
+        return ops.int8_products()
 
 
 def nearest(kind: Kind, importance: Importance | None = None) -> Rounding:
@@ -87,7 +107,8 @@ def layer_errors(
         exact = Experts(plain.gate_up.float(), plain.down.float())
         y_TH = flex_moe(x_TH, router, exact)
         for kind, rounding in roundings.items():
-            miss_TH = flex_moe(x_TH, router, rounding(layer, exact)) - y_TH
+            with products_of(kind):
+                miss_TH = flex_moe(x_TH, router, rounding(layer, exact)) - y_TH
             errors[kind][layer] = float(miss_TH.norm() / y_TH.norm())
 
     with watch_inputs(model, {name: block for name, (block, _) in blocks.items()}, see):
@@ -119,7 +140,9 @@ def calibrated_model(path: str, importance: Importance) -> Any:
     return model
 
 
-def perplexities(path: str, make: Callable[[], Any], texts: Mapping[str, Tensor]) -> dict[str, Any]:
+def perplexities(
+    path: str, make: Callable[[], Any], texts: Mapping[str, Tensor], name: str = ""
+) -> dict[str, Any]:
     """``perplexity`` and ``divergence`` of each text, and ``expert_bytes`` that the routed experts hold."""
     from flex.block import moe_blocks
     from flex.moefication.measure import perplexity
@@ -127,9 +150,13 @@ def perplexities(path: str, make: Callable[[], Any], texts: Mapping[str, Tensor]
     plain, model = flex_load(path), make()
     for m in (plain, model):
         m.set_experts_implementation("flex_kernels")
-    return {
-        "perplexity": {kind: perplexity(model, ids, skip=1, rows=2) for kind, ids in texts.items()},
-        "divergence": {kind: divergence(model, plain, ids) for kind, ids in texts.items()},
+    with products_of(name):
+        # Plain experts take no notice.
+        quality = {
+            "perplexity": {kind: perplexity(model, ids, skip=1, rows=2) for kind, ids in texts.items()},
+            "divergence": {kind: divergence(model, plain, ids) for kind, ids in texts.items()},
+        }
+    return quality | {
         "expert_bytes": expert_bytes(adapter.experts(block) for block, adapter in moe_blocks(model).values()),
     }
 
@@ -163,16 +190,20 @@ def federation(config: Config) -> dict[str, Any]:
     }
 
 
-def federation_config(path: str, experts: Kind | None, folder: Path, rounds: int, threads: int) -> Config:
+def federation_config(
+    path: str, experts: Kind | None, folder: Path, rounds: int, threads: int, int8_products: bool = False
+) -> Config:
     """The demo's FLEx run without generated answers."""
     from flex.demo import DemoSettings, demo_config
 
     settings = DemoSettings(folder, path, rounds=rounds, threads=threads, experts=experts or "")
     config = demo_config(settings, "flex")
+    name = PRODUCTS if int8_products else name_of(experts)
     return replace(
         config,
+        model=replace(config.model, int8_products=int8_products),
         evaluation=replace(config.evaluation, before=True, generate=False, every=0),
-        run=replace(config.run, folder=str(folder / name_of(experts))),
+        run=replace(config.run, folder=str(folder / name)),
     )
 
 
@@ -219,6 +250,8 @@ def measure(
 
     model = flex_load(path)
     roundings = dict(PLAIN_ROUNDINGS)
+    if multiplies_int8():
+        roundings[PRODUCTS] = nearest("int8")
     if calibration:
         importance = flex.column_importance(model, calibration)
         roundings |= {
@@ -234,6 +267,10 @@ def measure(
     del model
     for experts in PRECISIONS:
         add("models", name_of(experts), partial(perplexities, path, partial(flex_load, path, experts), texts))
+    if multiplies_int8():
+        add(
+            "models", PRODUCTS, partial(perplexities, path, partial(flex_load, path, "int8"), texts, PRODUCTS)
+        )
     if calibration:
         add(
             "models",
@@ -281,6 +318,10 @@ def main() -> None:
         )
         for experts in PRECISIONS
     }
+    if multiplies_int8():
+        configs[PRODUCTS] = federation_config(
+            path, "int8", arguments.runs, arguments.rounds, arguments.threads, int8_products=True
+        )
     texts = held_out_ids(tokenizer, None)
     measure(path, arguments.out, texts, configs, arguments.threads, calibration_ids(tokenizer))
 

@@ -124,7 +124,7 @@ PYBIND11_MODULE(_cpu_ops, m) {
   m.def("has_weight_gradient", [] { return kernels().weight_gradient != nullptr; });
   m.def("weight_gradient", [](int dtype, Address left, Address right, int64_t rows, int64_t height, int64_t width,
                               Address out, bool accumulate, Address scratch, int64_t bytes, int threads) {
-    if (!kernels().weight_gradient) throw std::runtime_error(std::string("not among the ") + kernels().name + " kernels");
+    if (!kernels().weight_gradient) throw std::runtime_error(std::string(kernels().name) + " has no weight_gradient");
     kernels().weight_gradient(dtype, at<void>(left), at<void>(right), rows, height, width, at<float>(out), accumulate,
                               at<void>(scratch), bytes, threads);
   }, Unlocked());

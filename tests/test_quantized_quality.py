@@ -13,7 +13,13 @@ from tiny import save_tiny, tiny_config, write_rows
 from tiny_models import tiny, tokens
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.quantized_quality import federation_config, layer_errors, measure
+from benchmarks.quantized_quality import (
+    PRODUCTS,
+    federation_config,
+    layer_errors,
+    measure,
+    multiplies_int8,
+)
 from benchmarks.tables import quality_tables
 from flex.moefication.measure import perplexity
 from flex_kernels.quantize import quantize
@@ -62,7 +68,11 @@ def place(tmp_path_factory):
 
 def test_the_file_holds_every_part(place):
     content = json.loads((place / "out.json").read_text())
-    assert set(content["models"]) == {"bfloat16", "int8", "nf4", "nf4 calibrated", "nf4 gptq"}
+    kinds = {"bfloat16", "int8", "nf4", "nf4 calibrated", "nf4 gptq"}
+    assert set(content["models"]) == (kinds | {PRODUCTS} if multiplies_int8() else kinds)
+    if multiplies_int8():
+        products, int8 = (content["models"][name]["divergence"]["one"] for name in (PRODUCTS, "int8"))
+        assert products != int8
     assert content["models"]["bfloat16"]["divergence"] == {"one": 0.0, "two": 0.0}
     assert all(
         0 < of["divergence"]["one"] < 0.1 for name, of in content["models"].items() if name != "bfloat16"

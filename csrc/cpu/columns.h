@@ -105,8 +105,8 @@ struct WeightColumns {
   }
 };
 
-// C [rows, columns rounded up to kPanelColumns] = A B for at most kBlockRows rows. `pack(k0, length)` leaves the words of
-// A's elements [k0, k0 + length) in work.a, kTileWords from row to row. `coming`: what the next product reads first.
+// C [rows, columns rounded up to kPanelColumns] = A B for at most kBlockRows rows. `pack(k0, length)` leaves the words
+// of A's elements [k0, k0 + length) in work.a, kTileWords from row to row. `coming`: what the next product reads first.
 template <class E, class Pack>
 void packed_column_product(Pack pack, int64_t rows, const WeightColumns<E>& b, float* c, int64_t ldc,
                            const Workspace& work, const Area& coming) {

@@ -69,8 +69,10 @@ void gate_and_up(const typename E::T* x, int64_t hidden, const Place& place, flo
                  const Workspace& work, const Area& coming) {
   if (in_int8(*place.segment)) {
     const Int8Operand rows = operand_of(*place.segment, hidden);
-    const Weight<E> gate = gate_up_of<E>(*place.segment).from(place.column, 0), lift = gate.from(place.segment->width, 0);
-    int8_rows_product<E>(rows, place.first_row, place.rows, gate, place.columns, c, ldc, work, lift.area(0, 1, 0, hidden));
+    const Weight<E> gate = gate_up_of<E>(*place.segment).from(place.column, 0);
+    const Weight<E> lift = gate.from(place.segment->width, 0);
+    const Area first = lift.area(0, 1, 0, hidden);
+    int8_rows_product<E>(rows, place.first_row, place.rows, gate, place.columns, c, ldc, work, first);
     c += pieces(place.columns, kPanelColumns) * kPanelColumns;
     return int8_rows_product<E>(rows, place.first_row, place.rows, lift, place.columns, c, ldc, work, coming);
   }
@@ -196,8 +198,8 @@ void down(const Segment* segments, int64_t count, int64_t hidden, float* out, vo
                      int8_rows_product<E>(operand_of(s, s.width), row, rows, own.part[0], columns, work.c, ldc, work,
                                           next_area);
                    else
-                     dot_product<E>(address<const T>(s.hidden) + row * s.width, s.width, nullptr, rows, own, work.c, ldc,
-                                    0, work, next_area);
+                     dot_product<E>(address<const T>(s.hidden) + row * s.width, s.width, nullptr, rows, own, work.c,
+                                    ldc, 0, work, next_area);
                    add_rows(work.c, ldc, rows, address<const int32_t>(s.tokens) + row,
                             address<const float>(s.scale) + row, out + column, hidden, columns);
                  });
@@ -254,7 +256,8 @@ void down_backward(const Segment* segments, int64_t count, int64_t hidden, float
                    evenly(s.rows, kBlockRows, [&](int64_t row, int64_t rows) {
                      const Area next_area = row + rows < s.rows ? own.area(0, 0) : coming;
                      if (in_int8(s))
-                       int8_product<E, false>(operand_of(s, k), row, rows, own.weight, some, work.c, ldc, work, next_area);
+                       int8_product<E, false>(operand_of(s, k), row, rows, own.weight, some, work.c, ldc, work,
+                                              next_area);
                      else
                        column_product<E>(dz + row * k, k, nullptr, rows, own, work.c, ldc, work, next_area);
                      add_rows(work.c, ldc, rows, tokens + row, nullptr, dx + column + start, hidden, some);
@@ -309,8 +312,8 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
       if (!s.preact)
         gate_and_up<E>(static_cast<const T*>(x), hidden, place, work.c, across, work, down_area(place));
       if (in_int8(s))
-        int8_product<E, false>(dy_operand_of(s, hidden), place.first_row, place.rows, down_columns(place).weight, columns,
-                               work.c + da, across, work, coming);
+        int8_product<E, false>(dy_operand_of(s, hidden), place.first_row, place.rows, down_columns(place).weight,
+                               columns, work.c + da, across, work, coming);
       else if (PackedCut::is_thin(s))
         thin_product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, hidden,
                         down_of<E>(s).from(0, place.column), columns, work.c + da, across, work);

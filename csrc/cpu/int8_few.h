@@ -1,5 +1,5 @@
-// Products of int8 with int8 for a few rows. They are bound by the reading of weights, which long stretches of their rows
-// make fast: no tile. Include thin.h and int8_rows.h first.
+// Products of int8 with int8 for a few rows. They are bound by the reading of weights, which long stretches of their
+// rows make fast: no tile. Include thin.h and int8_rows.h first.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -9,8 +9,8 @@ namespace {
 constexpr int64_t kPanelCodes = 64;  // columns at a time
 constexpr int64_t kFewInt8Rows = 8;
 
-// c[m, r] = <a[m], row r> for R rows of codes and M rows of `a` from `first_row` on; `taken[m]` is what the codes' being
-// 128 too large adds to row m.
+// c[m, r] = <a[m], row r> for R rows of codes and M rows of `a` from `first_row` on; `taken[m]` is what the codes'
+// being 128 too large adds to row m.
 template <int R, int M, class E>
 void int8_few_dots(const Int8Operand& a, int64_t first_row, const float* taken, const Weight<E>& weight, int64_t row,
                    float* c, int64_t ldc) {
@@ -37,7 +37,8 @@ void int8_few_dots(const Int8Operand& a, int64_t first_row, const float* taken, 
         V products = _mm512_setzero_ps();
         add_products(products, low, _mm512_castsi512_ps(_mm512_loadu_si512(with)));
         if (whole || left > 64) add_products(products, high, _mm512_castsi512_ps(_mm512_loadu_si512(with + 64)));
-        sums[r][m] = fma(_mm512_cvtepi32_ps(_mm512_castps_si512(products)), set1(scales[m * a.groups() + g]), sums[r][m]);
+        sums[r][m] =
+            fma(_mm512_cvtepi32_ps(_mm512_castps_si512(products)), set1(scales[m * a.groups() + g]), sums[r][m]);
       }
     }
   };
@@ -48,8 +49,8 @@ void int8_few_dots(const Int8Operand& a, int64_t first_row, const float* taken, 
     for (int m = 0; m < M; ++m) c[m * ldc + r] = sum(sums[r][m]) - taken[m];
 }
 
-// c [M, 64] (+)= scale * a [M, depth] times `depth` rows of 64 codes, ld bytes apart; `columns` of them are there. c has
-// the order of words_of_rows.
+// c [M, 64] (+)= scale * a [M, depth] times `depth` rows of 64 codes, ld bytes apart; `columns` of them are there. c
+// has the order of words_of_rows.
 template <int M>
 void int8_few_axpy(const char* code, int64_t ld, int64_t depth, int64_t columns, const int8_t* a, int64_t lda,
                    const int32_t* start, const float* scale, int64_t groups, float* c, int64_t ldc, bool accumulate,
@@ -114,14 +115,14 @@ void few_rows_product(const Int8Operand& a, int64_t first_row, int64_t rows, con
 
 template <int... M>
 struct FewAxpys {
-  using Function = void (*)(const char*, int64_t, int64_t, int64_t, const int8_t*, int64_t, const int32_t*, const float*,
-                            int64_t, float*, int64_t, bool, Coming);
+  using Function = void (*)(const char*, int64_t, int64_t, int64_t, const int8_t*, int64_t, const int32_t*,
+                            const float*, int64_t, float*, int64_t, bool, Coming);
   static constexpr Function of[] = {int8_few_axpy<M>...};
 };
 
 template <class E>
-void few_columns_product(const Int8Operand& a, int64_t first_row, int64_t rows, const Weight<E>& weight, int64_t columns,
-                         float* c, int64_t ldc) {
+void few_columns_product(const Int8Operand& a, int64_t first_row, int64_t rows, const Weight<E>& weight,
+                         int64_t columns, float* c, int64_t ldc) {
   constexpr int64_t kAtOnce = 6;
   // The last panel where C has no room for 64 columns of it.
   alignas(64) float narrow[kFewInt8Rows][kPanelCodes];
@@ -136,9 +137,9 @@ void few_columns_product(const Int8Operand& a, int64_t first_row, int64_t rows, 
       const Coming coming{weight.byte(k + kInt8Group, j), weight.ld};
       evenly(rows, kAtOnce, [&](int64_t m, int64_t count) {
         const int64_t row = first_row + m;
-        FewAxpys<1, 2, 3, 4, 5, 6>::of[count - 1](weight.byte(k, j), weight.ld, depth, columns - j, a.codes + row * a.ld() + k,
-                                                  a.ld(), start + m, a.scales + row * a.groups() + g, a.groups(),
-                                                  panel(j) + m * step(j), step(j), g > 0, m ? Coming{} : coming);
+        FewAxpys<1, 2, 3, 4, 5, 6>::of[count - 1](
+            weight.byte(k, j), weight.ld, depth, columns - j, a.codes + row * a.ld() + k, a.ld(), start + m,
+            a.scales + row * a.groups() + g, a.groups(), panel(j) + m * step(j), step(j), g > 0, m ? Coming{} : coming);
       });
     }
   }

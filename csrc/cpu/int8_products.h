@@ -1,8 +1,8 @@
-// Products of int8 with int8, AVX-512: int8 experts where the caller allows their other operand to be rounded to int8 as
-// well. Include products.h and thin.h first.
+// Products of int8 with int8, AVX-512: int8 experts where the caller allows their other operand to be rounded to int8
+// as well. Include products.h and thin.h first.
 //
-// A tile of codes, put together four to a word, stays in the first-level cache and meets groups of rows one after another.
-// Sums of a group of elements are exact integers; groups are added up in float32.
+// A tile of codes, put together four to a word, stays in the first-level cache and meets groups of rows one after
+// another. Sums of a group of elements are exact integers; groups are added up in float32.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -11,10 +11,10 @@
 
 namespace {
 
-constexpr int64_t kTileCodes = 256;     // of the reduced dimension that a tile in the first-level cache holds
-constexpr int64_t kBlockCodes = 2048;   // of the reduced dimension that packed rows hold
+constexpr int64_t kTileCodes = 256;    // of the reduced dimension that a tile in the first-level cache holds
+constexpr int64_t kBlockCodes = 2048;  // of the reduced dimension that packed rows hold
 constexpr int64_t kStarts = kBlockCodes / kInt8Group;
-constexpr int kInt8Rows = 12;           // rows at a time: 24 vectors of sums
+constexpr int kInt8Rows = 12;  // rows at a time: 24 vectors of sums
 
 // Words of a tile: word w of column j at w * columns + j, its four codes from low to high.
 using Int8Tile = float[kTileCodes / 4 * kPanelCodes];
@@ -28,7 +28,8 @@ void pack_rows_of_codes(const Weight<E>& weight, int64_t row, int64_t columns, i
       __m512i r[16];
       for (int64_t i = 0; i < 16; ++i) {
         const int64_t column = v * 16 + i;
-        r[i] = column < columns ? unsigned_codes(weight.byte(row + column, k0 + k), length - k) : _mm512_setzero_si512();
+        r[i] =
+            column < columns ? unsigned_codes(weight.byte(row + column, k0 + k), length - k) : _mm512_setzero_si512();
       }
       transpose(r);
       for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(tile + ((k / 4 + i) * vectors + v) * 16, r[i]);
@@ -50,8 +51,8 @@ void pack_columns_of_codes(const Weight<E>& weight, int64_t column, int64_t colu
   }
 }
 
-// c [M, kPanelColumns] (+)= scale * a [words][W], of whose rows there are M, times two vectors of a tile whose words are
-// `step` apart: one group. start and scale hold a value a row, kStarts and `groups` apart.
+// c [M, kPanelColumns] (+)= scale * a [words][W], of whose rows there are M, times two vectors of a tile whose words
+// are `step` apart: one group. start and scale hold a value a row, kStarts and `groups` apart.
 template <int M>
 void int8_tile_product(const float* tile, int64_t step, int64_t words, const float* a, const int32_t* start,
                        const float* scale, int64_t groups, float* c, int64_t ldc, bool accumulate, Ahead& shared) {
@@ -96,8 +97,8 @@ inline auto int8_tile_product_of(int64_t rows) {
   return Int8TileProducts<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>::of[rows - 1];
 }
 
-// out [count][W]: `count` words from element `block` on of the operand's rows [first, first + rows), of which there are at
-// most W; start[r]: what the sums of each group of row r begin with.
+// out [count][W]: `count` words from element `block` on of the operand's rows [first, first + rows), of which there are
+// at most W; start[r]: what the sums of each group of row r begin with.
 inline void pack_operand(const Int8Operand& a, int64_t first, int64_t rows, int64_t block, int64_t count, float* out,
                          int32_t (*start)[kStarts]) {
   const int8_t* from = a.codes + first * a.ld() + block;
@@ -146,8 +147,10 @@ void int8_product(const Int8Operand& a, int64_t first_row, int64_t rows, const W
                     : block + kBlockCodes < a.k ? area(0, block + kBlockCodes)
                                                 : coming,
                     pieces(rows, kInt8Rows) * pieces(length, 4) * vectors / 2);
-        if (kReduceRows) pack_rows_of_codes<E>(weight, j, some, k0, length, vectors, tile);
-        else pack_columns_of_codes<E>(weight, j, some, k0, length, vectors, tile);
+        if (kReduceRows)
+          pack_rows_of_codes<E>(weight, j, some, k0, length, vectors, tile);
+        else
+          pack_columns_of_codes<E>(weight, j, some, k0, length, vectors, tile);
         for (int v = 0; v < vectors; v += 2)
           evenly(rows, kInt8Rows, [&](int64_t r, int64_t several) {
             const auto run = int8_tile_product_of(several);

@@ -1,7 +1,7 @@
 // Rows rounded to int8 for products of int8 with int8 (VPDPBUSD, four a lane), AVX-512. Include products.h first.
 //
-// A row has a scale for every kInt8Group of its elements. Codes of a weight are taken as unsigned, 128 too large: sums begin
-// with, or are rid of, 128 times the sum of what these are multiplied with.
+// A row has a scale for every kInt8Group of its elements. Codes of a weight are taken as unsigned, 128 too large: sums
+// begin with, or are rid of, 128 times the sum of what these are multiplied with.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -38,7 +38,8 @@ void quantize_row(const typename E::T* source, int64_t k, const uint16_t* multip
       // As integers, so that what is not a number is the largest.
       most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(values[v]), no_sign));
     }
-    const float largest = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(_mm512_reduce_max_epu32(most)))));
+    const float largest =
+        _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(_mm512_reduce_max_epu32(most)))));
     *scales = largest * (1.0f / 127.0f);
     const V factor = set1(largest > 0.0f ? 127.0f / largest : 0.0f);
     for (int64_t v = 0; v < pieces(length, 64) * 4; ++v) {
@@ -86,8 +87,8 @@ inline void in_order(V* w) {
   w[3] = _mm512_shuffle_f32x4(back[0], back[1], 0xdd);
 }
 
-// In assembly, as sums change between the integers of VPDPBUSD and what a register may hold: GCC 12 keeps a copy of each
-// for either type, and twelve rows no longer fit in the registers.
+// In assembly, as sums change between the integers of VPDPBUSD and what a register may hold: GCC 12 keeps a copy of
+// each for either type, and twelve rows no longer fit in the registers.
 inline void add_products(V& sums, V codes, V word) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(word));
 }

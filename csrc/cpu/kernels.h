@@ -36,8 +36,8 @@ struct Segment {
   int64_t preact;      // z [n, 2I] in x's dtype: written by the forward pass, read by the backward pass; 0 for none
   int64_t dscale;      // backward: [n] float, <da, a> of each row
   int64_t scaled;      // backward: scale * a, [n, I] in x's dtype; 0 for none
-  // Room for rows rounded to int8, of a segment that may be multiplied so; 0 for none. Codes of n rows of at most H and I
-  // elements (backward: H and 2I), each rounded up to kInt8Unit, and a float for every kInt8Group of them.
+  // Room for rows rounded to int8, of a segment that may be multiplied so; 0 for none. Codes of n rows of at most H and
+  // I elements (backward: H and 2I), each rounded up to kInt8Unit, and a float for every kInt8Group of them.
   int64_t codes, code_scales;
   int64_t dy_codes, dy_scales;  // backward: of n rows of H elements
 };
@@ -103,8 +103,8 @@ struct Kernels {
                       int64_t count, float* partial, void* scratch, int64_t scratch_bytes, int threads);
   void (*down_backward)(int dtype, const Segment* segments, int64_t count, int64_t hidden, float* dx, void* scratch,
                         int64_t scratch_bytes, int threads);
-  // out [height, width] (+)= left^T right, both of `rows` rows without gaps, summed in float32 in the order of rows; null
-  // where torch has the faster product.
+  // out [height, width] (+)= left^T right, both of `rows` rows without gaps, summed in float32 in the order of rows;
+  // null where torch has the faster product.
   void (*weight_gradient)(int dtype, const void* left, const void* right, int64_t rows, int64_t height, int64_t width,
                           float* out, bool accumulate, void* scratch, int64_t scratch_bytes, int threads);
   // Scratch of these five, where it may exceed bytes_a_thread(); null where not.

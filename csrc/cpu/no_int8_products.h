@@ -15,8 +15,8 @@ template <class E, class OperandOf, class RowOf, class MultiplierOf>
 void quantize_operands(const flex::Segment*, int64_t, OperandOf, RowOf, MultiplierOf) {}
 
 template <class E>
-void int8_rows_product(const Int8Operand&, int64_t, int64_t, const Weight<E>&, int64_t, float*, int64_t, const Workspace&,
-                       const Area&) {}
+void int8_rows_product(const Int8Operand&, int64_t, int64_t, const Weight<E>&, int64_t, float*, int64_t,
+                       const Workspace&, const Area&) {}
 
 template <class E, bool kReduceRows>
 void int8_product(const Int8Operand&, int64_t, int64_t, const Weight<E>&, int64_t, float*, int64_t, const Workspace&,

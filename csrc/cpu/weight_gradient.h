@@ -7,8 +7,8 @@
 
 namespace {
 
-// out[i * kTileWords + w], i < columns: the words of column i of `length` rows at `from`, ld apart. `columns` is at most
-// kPanelColumns.
+// out[i * kTileWords + w], i < columns: the words of column i of `length` rows at `from`, ld apart. `columns` is at
+// most kPanelColumns.
 template <class E>
 void pack_columns(const typename E::T* from, int64_t ld, int columns, int64_t length, float* out) {
   using P = Words<E>;
@@ -27,7 +27,8 @@ void pack_columns(const typename E::T* from, int64_t ld, int columns, int64_t le
       transpose_square(square[half]);
       for (int lane = 0; lane < W; ++lane) {
         const int column = P::column_of(half, lane);
-        if (column < columns) Float32::store(out + column * kTileWords + k / P::kPerWord, Float32::load(square[half][lane]));
+        if (column < columns)
+          Float32::store(out + column * kTileWords + k / P::kPerWord, Float32::load(square[half][lane]));
       }
     }
   }
