@@ -131,7 +131,8 @@ def widest_batch(work: list[list[Segment]]) -> int:
 
 def make_scratch(groups: list[Group], hidden: int, factor: int) -> Any:
     longest = max([hidden, *(factor * g.width for g in groups)])
-    rows = [ops.kernels.BLOCK_ROWS if g.block.trained else g.rows for g in groups]
+    # The gradient of a weight takes as much as that many rows.
+    rows = [max(g.rows, ops.kernels.BLOCK_ROWS) if g.block.trained else g.rows for g in groups]
     return ops.kernels.Scratch(longest, max(rows, default=0))
 
 
