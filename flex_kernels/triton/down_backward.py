@@ -49,8 +49,8 @@ def swiglu_backward(
     """The epilogue on BN columns from ``first_col``: stores dZ and c A where wanted, returns their part of
     dS.
 
-    dZ may lie over Z. Where the up half starts at another alignment than the gate half, the compiler stores it
-    with other threads than those that loaded it, hence the barrier.
+    dZ may lie over Z. Where the up half starts at another alignment than the gate half, the compiler stores
+    it with other threads than those that loaded it, hence the barrier.
     """
     col_n = first_col + tl.arange(0, BN)
     mask_mn = inside_m[:, None] & (col_n < I)[None, :]
