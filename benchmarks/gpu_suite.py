@@ -59,6 +59,8 @@ SHARDS, WARM_SHARDS = (max(1, min(most, (os.cpu_count() or 1) * most // 16)) for
 QUANTISED_TESTS = "(every_value and bfloat16) or captured or format"
 KERNEL_TESTS = ("tests/triton_suite_kernels.py",)
 SANITIZED = "odd_sizes or skipped or permute"
+# Of the CUDA kernels' tests, those that run on the GPU: their twins on the CPU need none.
+ON_GPU_TESTS = "not emulated"
 FAILED_LINES = 15
 
 
@@ -217,7 +219,7 @@ def on_gpu(suite: Suite) -> None:
     suite.work("targets", names, TARGETS_S, CASE_S)
     suite.work("client", names, CLIENT_S, CLIENT_CASE_S, alone=True)
     suite.together(
-        lambda: suite.tests("tests", "the GPU tests", gpu_tests(), TESTS_S),
+        lambda: suite.tests("tests", "the GPU tests", [*gpu_tests(), "-k", ON_GPU_TESTS], TESTS_S),
         lambda: suite.tests("tests", "tests of quantised experts", [*CODES, "-k", QUANTISED_TESTS], TESTS_S),
         lambda: sanitize(suite),
     )

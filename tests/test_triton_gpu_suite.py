@@ -127,6 +127,17 @@ def test_the_tests_that_the_suite_picks_by_name_exist():
     assert all((gpu_suite.ROOT / name).is_file() for name in (*gpu_suite.gpu_tests(), *gpu_suite.CODES))
 
 
+def test_the_suite_s_tests_do_without_what_it_turns_off(monkeypatch, tmp_path):
+    """It runs pytest without its cache, in which the CUDA kernels built for the host are kept."""
+    import cuda_emulation
+
+    assert "no:cacheprovider" in gpu_suite.PYTEST
+    monkeypatch.setattr(cuda_emulation.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert cuda_emulation.kept(argparse.Namespace()).parent == tmp_path
+    assert '["emulated", "gpu"]' in Path(cuda_emulation.__file__).read_text()
+    assert gpu_suite.ON_GPU_TESTS == "not emulated"
+
+
 def test_the_floor_is_arithmetic_for_many_tokens_and_memory_for_few():
     chip = roofline.Chip("round numbers", flops=1e15, bandwidth=2e12)
     many, few = roofline.floor_seconds(QWEN, 8192, chip), roofline.floor_seconds(QWEN, 16, chip)

@@ -1,4 +1,4 @@
-"""Triton's own way from a call to the driver, against a driver without a device; run by test_triton_launch.py.
+"""Triton's own way from a call to a driver that has no device; run by test_triton_launch.py.
 
 What the interpreter leaves out: binding and specialising arguments, compiling for sm_90, the launcher in C,
 tensor maps. Tensors are the CPU's, and no kernel runs: outputs hold anything.
