@@ -219,7 +219,10 @@ def on_gpu(suite: Suite) -> None:
     suite.work("targets", names, TARGETS_S, CASE_S)
     suite.work("client", names, CLIENT_S, CLIENT_CASE_S, alone=True)
     suite.together(
-        lambda: suite.tests("tests", "the GPU tests", [*gpu_tests(), "-k", ON_GPU_TESTS], TESTS_S),
+        # Nearly all of their time is compiling.
+        lambda: suite.tests(
+            "tests", "the GPU tests", [*gpu_tests(), "-k", ON_GPU_TESTS], TESTS_S, max(4, cpus // 2)
+        ),
         lambda: suite.tests("tests", "tests of quantised experts", [*CODES, "-k", QUANTISED_TESTS], TESTS_S),
         lambda: sanitize(suite),
     )
