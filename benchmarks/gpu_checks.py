@@ -29,8 +29,10 @@ SIZES = (
     (1024, 4096, 1792, 8, 2, 0, "router", "plain"),
     (33, 72, 40, 512, 16, 0, "router", "plain"),
 )
-# What the others leave out of the pinned plans: tiles of 32 and of 64 rows.
+# What the others leave out of the pinned plans: several tiles a program of a persistent grid, each of fewer
+# steps than loads are in flight; tiles of 32 and of 64 rows.
 BFLOAT16_SIZES = (
+    (30000, 72, 40, 5, 2, 24, "router", "plain"),
     (400, 2048, 1408, 60, 4, 0, "router", "plain"),
     (1024, 2048, 768, 128, 8, 0, "router", "plain"),
 )

@@ -161,6 +161,11 @@ def test_the_checks_reach_every_row_block_of_the_pinned_plans():
         for T, _, _, E, K, _, routing, _ in gpu_checks.SIZES + gpu_checks.BFLOAT16_SIZES
     }
     assert routed == set(tiles.HOPPER)
+    T, H, I, _, K, *_ = gpu_checks.BFLOAT16_SIZES[0]
+    plan, processors = tiles.HOPPER[128], 132
+    for tile, reduced in ((plan.up, H), (plan.down, I)):
+        assert tile.flatten and T * K // tile.m > 2 * processors * tile.per_sm
+        assert tiles.ceil_div(reduced, tile.k) < tile.stages - 1
 
 
 def test_the_allowed_error_covers_float32_sums_in_order_and_nothing_larger():
