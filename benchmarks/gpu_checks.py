@@ -29,6 +29,13 @@ SIZES = (
     (1024, 4096, 1792, 8, 2, 0, "router", "plain"),
     (33, 72, 40, 512, 16, 0, "router", "plain"),
 )
+# What the others leave out of the pinned plans: several tiles a program of a persistent grid, each of fewer
+# steps than loads are in flight; tiles of 32 and of 64 rows.
+BFLOAT16_SIZES = (
+    (30000, 72, 40, 5, 2, 24, "router", "plain"),
+    (400, 2048, 1408, 60, 4, 0, "router", "plain"),
+    (1024, 2048, 768, 128, 8, 0, "router", "plain"),
+)
 # Few rows an expert, decoded in the main loop; and many, decoded a part of the experts at a time.
 QUANTISED_SIZES = (
     (77, 200, 72, 60, 6, 40, "router", "int8"),
@@ -109,6 +116,16 @@ def fixed_routing(x: Tensor, router: Any) -> Any:
     return Routed(ids, weights.float())
 
 
+def allowed(plain_error: float, dtype: torch.dtype, longest: int) -> float:
+    """The relative error that an output may have, from that of plain torch in the same type.
+
+    The last part is for sums of ``longest`` products in float32, one after the other as a kernel adds them: a
+    library that splits a sum among threads, as for one token, loses far less and is no measure of it.
+    """
+    in_order = 0.5 * torch.finfo(torch.float32).eps * longest**0.5
+    return MULTIPLE * plain_error + 4 * torch.finfo(dtype).eps + in_order
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
     error = ((got.double() - want).norm() / want.norm().clamp_min(1e-30)).item()
     return error if math.isfinite(error) else math.inf
@@ -145,9 +162,10 @@ def check_layers(backends: list[str], device: str, sizes: tuple, dtypes: tuple, 
                 except FAILURES as error:
                     yield record | {"passed": False, "failed": f"{type(error).__name__}: {error}"[:400]}
                     continue
+                longest = max(*dims[:3], dims[5])
                 ratios = {
                     name: relative_error(got[name], want)
-                    / (MULTIPLE * relative_error(plain[name], want) + 4 * torch.finfo(dtype).eps)
+                    / allowed(relative_error(plain[name], want), dtype, longest)
                     for name, want in exact.items()
                 }
                 worst = max(ratios, key=ratios.__getitem__)

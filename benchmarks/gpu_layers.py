@@ -27,6 +27,7 @@ GROUPED, EAGER, BATCHED = (f"transformers {kind}" for kind in ("grouped_mm", "ea
 DENSE, LIGER, SCATTERMOE = "dense of equal FLOPs", "liger fused_moe", "scattermoe"
 # What a kernel or a peer that does not work on this machine raises; it is recorded, and the suite goes on.
 FAILURES: tuple[type[Exception], ...] = (RuntimeError, TypeError, AttributeError, NotImplementedError)
+FAILURES += (ValueError, LookupError, AssertionError)
 if importlib.util.find_spec("triton"):
     from triton.errors import TritonError
 

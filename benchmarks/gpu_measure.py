@@ -20,10 +20,16 @@ from benchmarks.gpu_layers import FAILURES, Build, Forward, Problem
 from benchmarks.roofline import forward_flops
 from flex_kernels import Experts, Personal, Quantized, Shared
 
+# Seconds of work before anything is timed on a GPU: an idle chip takes a while to raise its clocks, and the
+# first contender of a process would pay for it.
+WARM_S = 0.05
+# Kernels whose share of a pass is recorded.
+NAMED_KERNELS = 12
+
 
 def time_ms(run: Callable[[], object], device: str, budget_s: float = 0.2, least: int = 5) -> float:
-    """Median milliseconds of ``run`` after three warm-up calls; the L2 cache is flushed before each on a
-    GPU."""
+    """Median milliseconds of ``run`` after three warm-up calls or more; the L2 cache is flushed before each
+    on a GPU."""
     for _ in range(3):
         run()
     if device == "cpu":
@@ -35,6 +41,11 @@ def time_ms(run: Callable[[], object], device: str, budget_s: float = 0.2, least
         return statistics.median(times)
     flush = torch.empty(64 * 2**20, dtype=torch.int32, device=device)
     torch.cuda.synchronize()
+    start = time.monotonic()
+    while time.monotonic() - start < WARM_S:
+        flush.zero_()
+        run()
+        torch.cuda.synchronize()
     pairs, start = [], time.monotonic()
     while len(pairs) < least or (time.monotonic() - start < budget_s and len(pairs) < 200):
         flush.zero_()
@@ -64,15 +75,27 @@ def graph_ms(run: Callable[[], object], device: str) -> float | None:
     return time_ms(graph.replay, device)
 
 
-def launches(run: Callable[[], object], device: str) -> int | None:
-    """Kernels that one call puts on the device; None off a GPU."""
+def launched(run: Callable[[], object], device: str) -> list[tuple[str, float]] | None:
+    """(name, microseconds) of what one call puts on the device, kernels and copies; None off a GPU."""
     if device == "cpu":
         return None
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         run()
         torch.cuda.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+    events = (e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return [(e.name, e.time_range.elapsed_us()) for e in events]
+
+
+def by_kernel(found: list[tuple[str, float]]) -> dict[str, list[float]]:
+    """{name: [calls, microseconds in all]} of the kernels that take most, the slowest first."""
+    sums: dict[str, list[float]] = {}
+    for name, microseconds in found:
+        one = sums.setdefault(name[:100], [0, 0.0])
+        one[0] += 1
+        one[1] += microseconds
+    slowest = sorted(sums.items(), key=lambda pair: -pair[1][1])[:NAMED_KERNELS]
+    return {name: [calls, round(total, 1)] for name, (calls, total) in slowest}
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int | None:
@@ -180,17 +203,20 @@ def measure_one(forward: Forward, p: Problem, device: str) -> dict[str, Any]:
 
 
 def count_launches(p: Problem, name: str, build: Build, device: str) -> dict[str, Any]:
-    """Kernels of one contender's passes, after one of each. The profiler may slow down what runs after it:
-    not for a process that measures times."""
+    """Kernels of one contender's passes, after one of each, and which of them take the time. The profiler may
+    slow down what runs after it: not for a process that measures times."""
     record: dict[str, Any] = {"layer": p.layer.name, "tokens": p.x_TH.shape[0], "name": name}
     try:
         _, infer, train = steps(build(p), p)
         infer()
         train()
-        counts = {"forward_launches": launches(infer, device), "both_launches": launches(train, device)}
+        forward, both = launched(infer, device), launched(train, device)
     except FAILURES as error:
         return record | {"failed": described(error)}
-    return record | counts
+    if forward is None or both is None:
+        return record | {"forward_launches": None, "both_launches": None}
+    counts = {"forward_launches": len(forward), "both_launches": len(both)}
+    return record | counts | {"both_kernels_us": by_kernel(both)}
 
 
 def measure(p: Problem, name: str, build: Build, device: str, graph: bool = False) -> dict[str, Any]:

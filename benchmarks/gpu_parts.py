@@ -18,7 +18,15 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_liger
-from benchmarks.gpu_checks import QUANTISED_SIZES, QUANTISED_TINY, SIZES, TINY, check_layers, far_experts
+from benchmarks.gpu_checks import (
+    BFLOAT16_SIZES,
+    QUANTISED_SIZES,
+    QUANTISED_TINY,
+    SIZES,
+    TINY,
+    check_layers,
+    far_experts,
+)
 from benchmarks.gpu_layers import (
     BATCHED,
     DENSE,
@@ -100,7 +108,7 @@ def on_gpu(options: argparse.Namespace) -> bool:
 
 def check_cases(options: argparse.Namespace) -> list[Case]:
     """bfloat16 first, then codes, then the other types: each compiles kernels of its own."""
-    plain, coded = (SIZES, QUANTISED_SIZES) if on_gpu(options) else (TINY, QUANTISED_TINY)
+    plain, coded = (SIZES, BFLOAT16_SIZES + QUANTISED_SIZES) if on_gpu(options) else (TINY, QUANTISED_TINY)
     sizes = [(s, DTYPES[0]) for s in (*plain, *coded)] + [(s, d) for d in DTYPES[1:] for s in plain]
     cases: list[Case] = [(backend, dtype, s) for s, dtype in sizes for backend in options.backends]
     if on_gpu(options):
@@ -179,6 +187,11 @@ def estimated_seconds(case: Case) -> float:
     return PLANNED_OVERHEAD_S + timed
 
 
+def graphed(tokens: int, name: str) -> bool:
+    """Whether a CUDA graph of this contender is timed: of ours, and of the peers that one can hold."""
+    return tokens <= FEW_TOKENS and (name.startswith("flex") or name in (GROUPED, BATCHED, DENSE))
+
+
 def measure_case(options: argparse.Namespace, case: Case) -> Iterator[tuple[str, Record]]:
     device = options.device
     if case == ("rates",):
@@ -189,8 +202,7 @@ def measure_case(options: argparse.Namespace, case: Case) -> Iterator[tuple[str,
     else:
         layer, tokens, skewed, name = case
         p = problem_of(layer, tokens, skewed, device)
-        graph = tokens <= FEW_TOKENS and name.startswith("flex")
-        record = measure(p, name, contenders(options.backends)[name], device, graph)
+        record = measure(p, name, contenders(options.backends)[name], device, graphed(tokens, name))
         yield "measurements", record | {"skewed": skewed}
 
 
@@ -250,7 +262,7 @@ def measure_liger(options: argparse.Namespace, case: Case) -> Iterator[tuple[str
         return
     p, builds = problem_of(layer, tokens, what, options.device), contenders(options.backends)
     for name in (*(f"flex {b} {s}" for b in options.backends[:1] for s in ("preact", "recompute")), LIGER):
-        record = measure(p, name, builds[name], options.device)
+        record = measure(p, name, builds[name], options.device, graphed(tokens, name))
         yield "measurements", record | {"skewed": what}
 
 

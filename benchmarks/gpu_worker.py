@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     for number, part, case in cases:
         tell({"case": number, "name": f"{part}: {case}"})
         for section, record in gpu_parts.run_case(gpu_parts.PARTS[part], options, case):
-            tell({"section": section, "record": record})
+            tell({"section": section, "record": {"part": part} | record if section == "parts" else record})
         if not gpu_parts.device_works(options.device):
             sys.stdout.flush()
             os._exit(DEVICE_BROKEN)

@@ -181,6 +181,16 @@ def poisoned_memory() -> Iterator[None]:
 ON_GPU = torch.cuda.is_available() and not missing_extension()
 
 
+def kept(config: Any) -> Path:
+    """Where the module built for the host stays: in pytest's cache, or beside it where that is turned off."""
+    cache = getattr(config, "cache", None)
+    if cache is not None:
+        return Path(cache.mkdir("cuda-emulation"))
+    folder = Path(tempfile.gettempdir()) / f"flex-kernels-cuda-emulation-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(name="emulation", params=["emulated", "gpu"] if ON_GPU else ["emulated"])
 def emulation_fixture(request: pytest.FixtureRequest) -> Iterator[Emulation | OnGpu]:
     """The kernels, poisoned fresh memory; emulated ones with every barrier in place and a known schedule."""
@@ -188,7 +198,7 @@ def emulation_fixture(request: pytest.FixtureRequest) -> Iterator[Emulation | On
         if request.param == "gpu":
             yield OnGpu()
             return
-        found = load(Path(request.config.cache.mkdir("cuda-emulation")))
+        found = load(kept(request.config))
         found.seed(0)
         yield found
         found.drop_barrier(None)

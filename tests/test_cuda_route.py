@@ -188,6 +188,15 @@ def test_gates_alone_need_no_router(emulation, T):
     assert relative_error(gates_GT, want) < 1e-6
 
 
+@pytest.mark.parametrize("T", (FUSED, SPLIT))
+def test_a_gate_may_be_a_column_of_another_tensor(emulation, T):
+    x_TH, weight_EH, gate_GH, gate_G = inputs(T, 16, 8, 1, torch.float32)
+    column_GH = torch.stack([gate_GH, gate_GH + 1], dim=-1)[..., 0]
+    assert not column_GH.is_contiguous()
+    want, found = (route(emulation, x_TH, weight_EH, (g, gate_G))[2] for g in (gate_GH, column_GH))
+    assert torch.equal(found, want)
+
+
 @pytest.mark.parametrize("T", (0, 1, 64, 65, 1001))
 def test_any_number_of_tokens_matches_the_reference(emulation, T):
     x_TH, weight_EH, *gates = inputs(T, 8, 20, 2, torch.float32)

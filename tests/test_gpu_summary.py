@@ -97,6 +97,15 @@ def test_a_peer_that_does_not_run_is_no_failure_of_ours():
     assert list(gpu_suite.failures({"measurements": [graph]})) == [graph]
 
 
+def test_a_peer_that_hangs_or_crashes_is_no_failure_of_ours():
+    layer = "compiled: ('Qwen1.5-MoE-A2.7B', 8192, '%s, compiled')"
+    cases = [layer % "transformers eager", "client: ('eager',)", "client: ('grouped_mm',)"]
+    ours = [layer % "flex cuda recompute", "client: ('flex-recompute',)", "checks: ('cuda', 'bfloat16', ...)"]
+    records = [{"part": "any", "case": case, "failed": "over 30 s"} for case in (*cases, *ours)]
+    found = gpu_suite.failures({"parts": [*records, {"part": "any", "failed": "given up"}]})
+    assert [r.get("case") for r in found] == [*ours, None]
+
+
 def test_the_results_can_be_printed_as_markdown():
     text = tables.gpu_tables(SECTIONS | {"machine": {"gpu": "Some GPU"}})
     assert text.startswith("Measured on Some GPU.")

@@ -12,9 +12,9 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import gpu_checks, gpu_parts, gpu_suite, gpu_worker, roofline
+from benchmarks import gpu_checks, gpu_measure, gpu_parts, gpu_suite, gpu_worker, roofline
 from benchmarks.gpu_layers import LIGER, SCATTERMOE, compiled_contenders, contenders, make_problem
-from flex_kernels.triton import codegen
+from flex_kernels.triton import codegen, tiles
 
 QWEN = next(layer for layer in roofline.LAYERS if layer.name.startswith("Qwen1.5"))
 
@@ -127,6 +127,17 @@ def test_the_tests_that_the_suite_picks_by_name_exist():
     assert all((gpu_suite.ROOT / name).is_file() for name in (*gpu_suite.gpu_tests(), *gpu_suite.CODES))
 
 
+def test_the_suite_s_tests_do_without_what_it_turns_off(monkeypatch, tmp_path):
+    """It runs pytest without its cache, in which the CUDA kernels built for the host are kept."""
+    import cuda_emulation
+
+    assert "no:cacheprovider" in gpu_suite.PYTEST
+    monkeypatch.setattr(cuda_emulation.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert cuda_emulation.kept(argparse.Namespace()).parent == tmp_path
+    assert '["emulated", "gpu"]' in Path(cuda_emulation.__file__).read_text()
+    assert gpu_suite.ON_GPU_TESTS == "not emulated"
+
+
 def test_the_floor_is_arithmetic_for_many_tokens_and_memory_for_few():
     chip = roofline.Chip("round numbers", flops=1e15, bandwidth=2e12)
     many, few = roofline.floor_seconds(QWEN, 8192, chip), roofline.floor_seconds(QWEN, 16, chip)
@@ -142,6 +153,38 @@ def test_the_roofline_says_that_it_is_an_estimate(capsys):
     roofline.main()
     printed = capsys.readouterr().out
     assert printed.startswith("ESTIMATES") and "nothing below was measured" in printed
+
+
+def test_the_checks_reach_every_row_block_of_the_pinned_plans():
+    routed = {
+        tiles.pinned_plan(90, 2, T * (1 if routing == "one-hot" else K), E).m
+        for T, _, _, E, K, _, routing, _ in gpu_checks.SIZES + gpu_checks.BFLOAT16_SIZES
+    }
+    assert routed == set(tiles.HOPPER)
+    T, H, I, _, K, *_ = gpu_checks.BFLOAT16_SIZES[0]
+    plan, processors = tiles.HOPPER[128], 132
+    for tile, reduced in ((plan.up, H), (plan.down, I)):
+        assert tile.flatten and T * K // tile.m > 2 * processors * tile.per_sm
+        assert tiles.ceil_div(reduced, tile.k) < tile.stages - 1
+
+
+def test_the_allowed_error_covers_float32_sums_in_order_and_nothing_larger():
+    torch = gpu_suite.torch
+    n, generator = 4096, torch.Generator().manual_seed(0)
+    terms = torch.randn(n, 500, generator=generator)
+    one_by_one = sum(terms, torch.zeros(500))
+    found = gpu_checks.relative_error(one_by_one, terms.double().sum(0))
+    # A layer has two products, one behind the other.
+    assert 4e-7 < found < gpu_checks.allowed(0.0, torch.float32, n) / 2
+    tf32 = 2.0**-11
+    assert gpu_checks.allowed(0.0, torch.float32, 14336) < tf32 / 20
+
+
+def test_the_kernels_that_take_most_are_named_with_their_calls():
+    found = [("up", 5.0), ("down", 4.0), ("up", 6.5), *((f"small {i}", 0.1) for i in range(20))]
+    named = gpu_measure.by_kernel(found)
+    assert list(named.items())[:2] == [("up", [2, 11.5]), ("down", [1, 4.0])]
+    assert len(named) == gpu_measure.NAMED_KERNELS
 
 
 def test_a_backend_that_breaks_is_a_failed_check_and_not_the_end(monkeypatch):
@@ -314,6 +357,7 @@ def pretended(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(gpu_suite, "usable_backends", lambda report: ("cuda", "triton"))
     monkeypatch.setattr(gpu_suite, "sanitizer", lambda: "/bin/compute-sanitizer")
+    monkeypatch.setattr(gpu_suite, "unbuilt", lambda: False)
     monkeypatch.setattr(gpu_suite, "CACHE", tmp_path / "cache")
     parts = [part for part in gpu_suite.PARTS if part != "codegen"]
 

@@ -127,7 +127,7 @@ class RoutingKernels:
             weight_EH: any float dtype; E may be 0 (gates alone, top_k = 0). Products accumulate in float32,
                 and a float32 row counts in full precision.
             bias_E: added to the scores for the choice only, or None.
-            gate_weight_GH, gate_bias_G: float32; G may be 0.
+            gate_weight_GH, gate_bias_G: float32, any strides; G may be 0.
             top_k, normalize, score, scale: as in :class:`flex_kernels.Router`.
             histogram_E: int32 on x's device, or None; the tokens of each expert are added to it.
 
@@ -139,6 +139,8 @@ class RoutingKernels:
         (T, H), E, G = x_TH.shape, weight_EH.shape[0], gate_weight_GH.shape[0]
         self.check_routing(E, top_k)
         self.check("x", x_TH, (T, H), tuple(self.codes), x_TH)
+        # A gate may be a column or a row of another tensor.
+        gate_weight_GH, gate_bias_G = gate_weight_GH.contiguous(), gate_bias_G.contiguous()
         self.check("gate_weight", gate_weight_GH, (G, H), (torch.float32,), x_TH)
         self.check("gate_bias", gate_bias_G, (G,), (torch.float32,), x_TH)
         if histogram_E is not None:

@@ -209,12 +209,11 @@ def decode(w: Quantized, out_ERC: Tensor) -> None:
 def staged_experts(w: Quantized, itemsize: int) -> int:
     """Experts that are decoded at a time; 0 when not even one fits STAGED_BYTES.
 
-    A multiple of 4 where that many fit: parts then start at 16 bytes in the offsets, and share one compiled
-    kernel.
+    As many as fit, less what makes the parts more even: the tile table is compiled for a number of experts.
     """
     E, R, C = w.shape
     fit = min(E, STAGED_BYTES // (R * C * itemsize))
-    return fit if fit < 4 or fit == E else fit - fit % 4
+    return ceil_div(E, ceil_div(E, fit)) if fit else 0
 
 
 def decodes_in_loop(tile: Tile) -> bool:

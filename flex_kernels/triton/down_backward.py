@@ -47,12 +47,18 @@ def swiglu_backward(
     BN: tl.constexpr,
 ):
     """The epilogue on BN columns from ``first_col``: stores dZ and c A where wanted, returns their part of
-    dS."""
+    dS.
+
+    dZ may lie over Z. Where the up half starts at another alignment than the gate half, the compiler stores
+    it with other threads than those that loaded it, hence the barrier.
+    """
     col_n = first_col + tl.arange(0, BN)
     mask_mn = inside_m[:, None] & (col_n < I)[None, :]
     z_offset_mn = row_m.to(tl.int64)[:, None] * (2 * I) + col_n[None, :]
     gate_mn = tl.load(z_ptr + z_offset_mn, mask=mask_mn, other=0.0).to(tl.float32)
     up_mn = tl.load(z_ptr + z_offset_mn + I, mask=mask_mn, other=0.0).to(tl.float32)
+    if I % 8 != 0:
+        tl.debug_barrier()
     sigmoid_mn = tl.sigmoid(gate_mn)
     silu_mn = gate_mn * sigmoid_mn
     ds_m = tl.sum(da_mn * silu_mn * up_mn, axis=1)

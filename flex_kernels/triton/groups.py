@@ -31,7 +31,11 @@ def permute(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return offsets_E1, order_N.int(), inverse_N
 
 
-@triton.jit
+# A part of the experts starts anywhere in the offsets, and the rows of the table where the tiles' bound puts
+# them: neither is looked at, or some numbers of tokens would compile the kernel again.
+@triton.jit(
+    do_not_specialize_on_alignment=["offsets_ptr", "tile_expert_ptr", "tile_row_ptr", "tile_count_ptr"]
+)
 def tile_table_kernel(
     offsets_ptr,  # (E+1,) int32
     tile_expert_ptr,  # (M,) int32

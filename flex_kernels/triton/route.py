@@ -126,6 +126,14 @@ def route_kernel(
         tl.store(weights_ptr + out_tk, weights_tk * scale, mask=mask_tk)
 
 
+def block_hidden(block_e: int, plain: bool) -> int:
+    """Columns of x at a time. ``plain`` products have float32 operands, of which three stages of ``block_e``
+    router rows must fit 99 KiB."""
+    if plain and block_e > 256:
+        return 16
+    return 32 if plain or block_e > 128 else 64
+
+
 def route(
     x_TH: Tensor,
     weight_EH: Tensor,
@@ -150,6 +158,7 @@ def route(
     if not T or not (E or G):
         return ids_TK, weights_TK, gates_GT, logits_TE
     block_e = max(16, next_power_of_2(E))
+    plain = x_TH.element_size() == 4 or weight_EH.dtype != x_TH.dtype
     with torch.cuda.device_of(x_TH):
         route_kernel[(ceil_div(T, BLOCK_T),)](
             x_TH,
@@ -175,7 +184,7 @@ def route(
             WRITE_LOGITS=want_logits,
             BT=BLOCK_T,
             BE=block_e,
-            BK=32 if block_e > 128 or x_TH.element_size() == 4 else 64,
+            BK=block_hidden(block_e, plain),
             num_warps=4 if block_e <= 128 else 8,
         )
     return ids_TK, weights_TK, gates_GT, logits_TE

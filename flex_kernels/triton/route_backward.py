@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flex_kernels import routing
+from flex_kernels.triton.route import block_hidden
 from flex_kernels.triton.tiles import ceil_div, next_power_of_2
 
 
@@ -248,7 +249,7 @@ def route_backward(
             WRITE_PARTS=want_parts,
             BT=block_t,
             BE=block_e,
-            BK=32 if block_e > 128 or plain else 64,
+            BK=block_hidden(block_e, plain),
             num_warps=4 if block_e < 128 and not plain else 8,
         )
     empty = x_TH.new_empty

@@ -241,14 +241,14 @@ def compile_share(
 ) -> None:
     """Run every ``of``-th candidate once, which leaves its compiled kernel in Triton's cache on disk."""
     products = Products(device, key)
-    jobs = [
-        (run, tile)
-        for m, tiles in tiles_by_m.items()
-        if products.fits(m)
-        for run in products.by_name(m).values()
-        for tile in tiles
-    ]
     with torch.cuda.device_of(products.x_TH):
+        jobs = [
+            (run, tile)
+            for m, tiles in tiles_by_m.items()
+            if products.fits(m)
+            for run in products.by_name(m).values()
+            for tile in tiles
+        ]
         for run, tile in jobs[part::of]:
             best_tile(run, [tile], lambda job: float(job() is None))
 
