@@ -8,20 +8,64 @@ Letters: T tokens, H hidden, E routed experts, K chosen, I expert width, N = T*K
 Each op dispatches to the backend named by its last argument. A backend is a module with ``route``,
 ``route_backward``, ``experts_forward`` and ``experts_backward``; see :mod:`flex_kernels.dispatch`.
 An optional tensor that a backend does not produce is returned with zero elements, never None.
+
+The ops are defined with ``torch.library``'s parts and not with ``custom_op``, and eager calls record their
+gradients with an ``autograd.Function`` around them: on the host, what ``register_autograd`` puts around an op
+costs several times that. Tracers still see an op with a registered gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flex_kernels.dispatch import backend_module
 
+LIBRARY = torch.library.Library("flex_kernels", "FRAGMENT")
 
-@torch.library.custom_op("flex_kernels::route", mutates_args=())
+
+def define(implementation: Callable[..., Any]) -> Any:
+    """The op ``flex_kernels::<name of the function>``, on every device, without a gradient of its own."""
+    name, schema = implementation.__name__, torch.library.infer_schema(implementation, mutates_args=())
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    return getattr(torch.ops.flex_kernels, name).default
+
+
+def differentiable(op: Any, setup: Callable[..., None], vjp: Callable[..., tuple]) -> Callable[..., Any]:
+    """``op`` with the gradient ``vjp``: registered for tracers, and as a Function for eager calls."""
+    torch.library.register_autograd(op, vjp, setup_context=setup, lib=LIBRARY)
+
+    def unrecorded(*inputs: Any) -> Any:
+        # Past the registered gradient, which would only find that there is nothing to record.
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = unrecorded(*inputs)
+            setup(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Any) -> tuple:
+            return vjp(ctx, *grads)
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return op(*inputs)
+        return Recorded.apply(*inputs) if torch.is_grad_enabled() else unrecorded(*inputs)
+
+    return call
+
+
+@define
 def route(
     x_TH: Tensor,
     weight_EH: Tensor,
@@ -41,7 +85,7 @@ def route(
     )
 
 
-@route.register_fake
+@torch.library.register_fake(route, lib=LIBRARY)
 def _(
     x_TH, weight_EH, bias_E, gate_weight_GH, gate_bias_G, top_k, normalize, score, scale, want_logits, backend
 ):
@@ -55,7 +99,7 @@ def _(
     )
 
 
-@torch.library.custom_op("flex_kernels::route_backward", mutates_args=())
+@define
 def route_backward(
     grad_weights_TK: Tensor,
     grad_gates_GT: Tensor,
@@ -94,7 +138,7 @@ def empty_unless(needed: bool, like: Tensor) -> Tensor:
     return like.new_empty(like.shape if needed else (0,))
 
 
-@route_backward.register_fake
+@torch.library.register_fake(route_backward, lib=LIBRARY)
 def _(
     gw,
     gg,
@@ -143,10 +187,10 @@ def route_vjp(
     return dx, dw, None, dgw, dgb, None, None, None, None, None, None
 
 
-route.register_autograd(route_vjp, setup_context=route_setup)
+apply_route = differentiable(route, route_setup, route_vjp)
 
 
-@torch.library.custom_op("flex_kernels::experts", mutates_args=())
+@define
 def experts(
     x_TH: Tensor,
     ids_TK: Tensor,
@@ -190,7 +234,7 @@ def experts(
     )
 
 
-@experts.register_fake
+@torch.library.register_fake(experts, lib=LIBRARY)
 def _(
     x_TH,
     ids_TK,
@@ -218,7 +262,7 @@ def _(
     return x_TH.new_empty(x_TH.shape), preact(T * K, gate_up), preact(T, p_gate_up), preact(T, s_gate_up)
 
 
-@torch.library.custom_op("flex_kernels::experts_backward", mutates_args=())
+@define
 def experts_backward(
     grad_y_TH: Tensor,
     x_TH: Tensor,
@@ -267,7 +311,7 @@ def experts_backward(
     )
 
 
-@experts_backward.register_fake
+@torch.library.register_fake(experts_backward, lib=LIBRARY)
 def _(
     dy,
     x,
@@ -317,4 +361,4 @@ def experts_vjp(ctx: Any, grad_y: Tensor, *grad_preacts: Any) -> tuple:
     return tuple(out)
 
 
-experts.register_autograd(experts_vjp, setup_context=experts_setup)
+apply_experts = differentiable(experts, experts_setup, experts_vjp)

@@ -90,7 +90,7 @@ def fused_moe(
 ) -> tuple[Tensor, Tensor | None]:
     """The same equations as two custom ops: the thin products of x, then the feed-forward blocks."""
     gate_weight_GH, gate_bias_G = stack_gates(x_TH, personal, shared)
-    ids_TK, weights_TK, gates_GT, logits_TE = autograd.route(
+    ids_TK, weights_TK, gates_GT, logits_TE = autograd.apply_route(
         x_TH,
         router.weight if isinstance(router, Router) else x_TH.new_empty(0, x_TH.shape[1]),
         router.bias if isinstance(router, Router) else None,
@@ -109,7 +109,7 @@ def fused_moe(
     down, down_scales = stored(experts.down)
     gate_T = None if personal is None else gates_GT[0]
     shared_gate_T = None if shared is None or shared.gate_weight is None else gates_GT[-1]
-    y_TH = autograd.experts(
+    y_TH = autograd.apply_experts(
         x_TH,
         ids_TK,
         weights_TK,
