@@ -17,6 +17,7 @@ costs several times that. Tracers still see an op with a registered gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,31 +37,44 @@ def define(implementation: Callable[..., Any]) -> Any:
     return getattr(torch.ops.flex_kernels, name).default
 
 
-def differentiable(op: Any, setup: Callable[..., None], vjp: Callable[..., tuple]) -> Callable[..., Any]:
-    """``op`` with the gradient ``vjp``: registered for tracers, and as a Function for eager calls."""
-    torch.library.register_autograd(op, vjp, setup_context=setup, lib=LIBRARY)
+def unrecorded(op: Any) -> Callable[..., Any]:
+    """``op`` where nothing is to be recorded: every call of torch within, its own included, skips looking."""
 
-    def unrecorded(*inputs: Any) -> Any:
-        # Past the registered gradient, which would only find that there is nothing to record.
+    def call(*inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)
+
+    return call
+
+
+def differentiable(
+    op: Any, backward_op: Any, setup: Callable[..., None], vjp: Callable[..., tuple]
+) -> Callable[..., Any]:
+    """``op`` with a gradient: registered for tracers, and as a Function for eager calls.
+
+    Args:
+        setup: (ctx, inputs, output) -> None, as ``register_autograd`` wants it.
+        vjp: (``backward_op``, ctx, *gradients of the outputs) -> gradients of the inputs.
+    """
+    torch.library.register_autograd(op, partial(vjp, backward_op), setup_context=setup, lib=LIBRARY)
+    forward_only, backward_only = unrecorded(op), unrecorded(backward_op)
 
     class Recorded(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            output = unrecorded(*inputs)
+            output = forward_only(*inputs)
             setup(ctx, inputs, output)
             return output
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *grads: Any) -> tuple:
-            return vjp(ctx, *grads)
+            return vjp(backward_only, ctx, *grads)
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return op(*inputs)
-        return Recorded.apply(*inputs) if torch.is_grad_enabled() else unrecorded(*inputs)
+        return Recorded.apply(*inputs) if torch.is_grad_enabled() else forward_only(*inputs)
 
     return call
 
@@ -168,11 +182,11 @@ def route_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def route_vjp(
-    ctx: Any, grad_ids: Any, grad_weights: Tensor, grad_gates: Tensor, grad_logits: Tensor
+    backward: Any, ctx: Any, grad_ids: Any, grad_weights: Tensor, grad_gates: Tensor, grad_logits: Tensor
 ) -> tuple:
     need = ctx.needs_input_grad
     needs = [need[0], need[1], need[3], need[4]]
-    grads = route_backward(
+    grads = backward(
         grad_weights.contiguous(),
         grad_gates.contiguous(),
         grad_logits.contiguous(),
@@ -187,7 +201,7 @@ def route_vjp(
     return dx, dw, None, dgw, dgb, None, None, None, None, None, None
 
 
-apply_route = differentiable(route, route_setup, route_vjp)
+apply_route = differentiable(route, route_backward, route_setup, route_vjp)
 
 
 @define
@@ -352,13 +366,13 @@ def experts_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def experts_vjp(ctx: Any, grad_y: Tensor, *grad_preacts: Any) -> tuple:
+def experts_vjp(backward: Any, ctx: Any, grad_y: Tensor, *grad_preacts: Any) -> tuple:
     needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
-    grads = experts_backward(grad_y.contiguous(), *ctx.saved_tensors, ctx.mix, needs, ctx.backend)
+    grads = backward(grad_y.contiguous(), *ctx.saved_tensors, ctx.mix, needs, ctx.backend)
     out: list[Tensor | None] = [None] * 16
     for position, needed, grad in zip(DIFFERENTIABLE, needs, grads):
         out[position] = grad if needed else None
     return tuple(out)
 
 
-apply_experts = differentiable(experts, experts_setup, experts_vjp)
+apply_experts = differentiable(experts, experts_backward, experts_setup, experts_vjp)

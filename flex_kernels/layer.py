@@ -63,17 +63,18 @@ def flex_moe(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, experts = x.to(dtype), Experts(cast(experts.gate_up, dtype), cast(experts.down, dtype))
+        # The custom ops choose their own dtypes; autocast would only convert the float32 router product.
+        with torch.autocast(x.device.type, enabled=False):
+            return flex_moe(x, router, experts, personal, shared, mix, save, backend, return_router_logits)
     name = resolve_backend(backend, x.device, x.dtype)
-    x_TH = x.reshape(-1, x.shape[-1]).contiguous()
-    # The custom ops choose their own dtypes; autocast would only convert the float32 router product.
-    with torch.autocast(x.device.type, enabled=False):
-        if name == "reference":
-            y_TH, logits_TE = reference.moe(x_TH, router, experts, personal, shared, mix)
-        else:
-            y_TH, logits_TE = fused_moe(
-                x_TH, router, experts, personal, shared, mix, save, name, return_router_logits
-            )
-    y = y_TH.view(x.shape)
+    x_TH = (x if x.ndim == 2 else x.reshape(-1, x.shape[-1])).contiguous()
+    if name == "reference":
+        y_TH, logits_TE = reference.moe(x_TH, router, experts, personal, shared, mix)
+    else:
+        y_TH, logits_TE = fused_moe(
+            x_TH, router, experts, personal, shared, mix, save, name, return_router_logits
+        )
+    y = y_TH if x.ndim == 2 else y_TH.view(x.shape)
     return (y, logits_TE) if return_router_logits else y
 
 
@@ -107,8 +108,10 @@ def fused_moe(
         ids_TK, weights_TK = skip_unknown(router.ids, experts.count).int(), router.weights.float()
     gate_up, gate_up_scales = stored(experts.gate_up)
     down, down_scales = stored(experts.down)
-    gate_T = None if personal is None else gates_GT[0]
-    shared_gate_T = None if shared is None or shared.gate_weight is None else gates_GT[-1]
+    # Not by index, whose backward fills and copies once a gate.
+    gates = gates_GT.unbind(0) if gates_GT.shape[0] > 1 else (gates_GT.view(-1),)
+    gate_T = None if personal is None else gates[0]
+    shared_gate_T = None if shared is None or shared.gate_weight is None else gates[-1]
     y_TH = autograd.apply_experts(
         x_TH,
         ids_TK,

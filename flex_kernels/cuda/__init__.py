@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from functools import cache
 from typing import Any
 
 import torch
@@ -112,6 +113,7 @@ def sorted_groups(ids_TK: Tensor, experts: int, block_m: int) -> tuple[Any, Tens
     return groups.Groups(rows, ids_TK.shape[1], block_m, bound, *tables), found.inverse_N.view_as(ids_TK)
 
 
+@cache
 def products() -> Any:
     """The Triton backend, whose grouped products this one shares; imported late: triton may be missing."""
     from flex_kernels import triton
@@ -119,6 +121,7 @@ def products() -> Any:
     return triton
 
 
+@cache
 def helpers() -> Any:
     """The pieces of the Triton backend that these kernels replace."""
     from flex_kernels.triton.experts import Helpers

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flex_kernels.triton.direct import launch
 from flex_kernels.triton.tiles import ceil_div, next_power_of_2
 
 # No score counts as less than this, so that an expert that was taken (-inf) is never chosen again.
@@ -151,19 +152,16 @@ def route(
         return ids_TK, weights_TK, gates_GT, logits_TE
     block_e = max(16, next_power_of_2(E))
     with torch.cuda.device_of(x_TH):
-        route_kernel[(ceil_div(T, BLOCK_T),)](
-            x_TH,
-            weight_EH,
-            bias_E,
-            gate_weight_GH.contiguous(),
-            gate_bias_G.contiguous(),
-            ids_TK,
-            weights_TK,
-            gates_GT,
-            logits_TE,
-            T,
-            *weight_EH.stride(),
-            float(scale),
+        launch(
+            route_kernel,
+            x_TH.device,
+            (ceil_div(T, BLOCK_T), 1),
+            (
+                *(x_TH, weight_EH, bias_E, gate_weight_GH.contiguous(), gate_bias_G.contiguous()),
+                *(ids_TK, weights_TK, gates_GT, logits_TE),
+            ),
+            (T,),
+            (*weight_EH.stride(), float(scale)),
             H=H,
             E=E,
             K=top_k,
