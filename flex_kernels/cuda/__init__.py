@@ -106,7 +106,8 @@ def sorted_groups(ids_TK: Tensor, experts: int, block_m: int) -> tuple[Any, Tens
 
     kernels = ops.kernels()
     if experts > kernels.native.MAX_EXPERTS:
-        return groups.sorted_groups(ids_TK, experts, block_m)
+        known_TK = ids_TK.clamp(-1, experts).remainder(experts + 1)
+        return groups.sorted_groups(known_TK, experts, block_m)
     found = kernels.permute_tiles(ids_TK, experts, block_m)
     rows, bound = ids_TK.numel(), groups.tile_bound(ids_TK.numel(), experts, block_m)
     tables = found.order_N, found.offsets_E1, found.tile_expert_M, found.tile_row_M, found.tile_count_1
