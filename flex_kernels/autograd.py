@@ -179,18 +179,30 @@ def route_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ids_TK, weights_TK, gates_GT, _ = output
     ctx.mark_non_differentiable(ids_TK)
     ctx.save_for_backward(x_TH, weight_EH, gate_weight_GH, ids_TK, weights_TK, gates_GT)
+    # Without this, backward is handed zeros for ids, and for logits that nobody asked for.
+    ctx.set_materialize_grads(False)
+
+
+def dense(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad.contiguous()
 
 
 def route_vjp(
-    backward: Any, ctx: Any, grad_ids: Any, grad_weights: Tensor, grad_gates: Tensor, grad_logits: Tensor
+    backward: Any,
+    ctx: Any,
+    grad_ids: None,
+    grad_weights: Tensor | None,
+    grad_gates: Tensor | None,
+    grad_logits: Tensor | None,
 ) -> tuple:
-    need = ctx.needs_input_grad
+    need, saved = ctx.needs_input_grad, ctx.saved_tensors
     needs = [need[0], need[1], need[3], need[4]]
+    weight_EH, weights_TK, gates_GT = saved[1], saved[4], saved[5]
     grads = backward(
-        grad_weights.contiguous(),
-        grad_gates.contiguous(),
-        grad_logits.contiguous(),
-        *ctx.saved_tensors,
+        dense(grad_weights, weights_TK),
+        dense(grad_gates, gates_GT),
+        gates_GT.new_empty(0, weight_EH.shape[0]) if grad_logits is None else grad_logits.contiguous(),
+        *saved,
         ctx.normalize,
         ctx.score,
         ctx.scale,

@@ -289,10 +289,11 @@ class RoutingKernels:
             tiles,
             block_rows,
         )
-        table = (
-            (tile_expert_M[:tiles], tile_row_M[:tiles], tile_count_1) if block_rows else (None, None, None)
-        )
-        return Permutation(offsets_E1, order_N, inverse_N, *table)
+        if not block_rows:
+            return Permutation(offsets_E1, order_N, inverse_N)
+        if held != tiles:
+            tile_expert_M, tile_row_M = tile_expert_M[:tiles], tile_row_M[:tiles]
+        return Permutation(offsets_E1, order_N, inverse_N, tile_expert_M, tile_row_M, tile_count_1)
 
     def combine(
         self,

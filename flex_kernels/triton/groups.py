@@ -6,7 +6,7 @@ The index arrays are described in :mod:`flex_kernels.triton.common`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -60,8 +60,7 @@ def tile_table_kernel(
         tl.store(tile_count_ptr, before + own)
 
 
-@dataclass(frozen=True)
-class Groups:
+class Groups(NamedTuple):
     """The rows of a grouped product.
 
     Attributes:
