@@ -8,20 +8,78 @@ Letters: T tokens, H hidden, E routed experts, K chosen, I expert width, N = T*K
 Each op dispatches to the backend named by its last argument. A backend is a module with ``route``,
 ``route_backward``, ``experts_forward`` and ``experts_backward``; see :mod:`flex_kernels.dispatch`.
 An optional tensor that a backend does not produce is returned with zero elements, never None.
+
+The ops are defined with ``torch.library``'s parts and not with ``custom_op``, and eager calls record their
+gradients with an ``autograd.Function`` around them: on the host, what ``register_autograd`` puts around an op
+costs several times that. Tracers still see an op with a registered gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flex_kernels.dispatch import backend_module
 
+LIBRARY = torch.library.Library("flex_kernels", "FRAGMENT")
 
-@torch.library.custom_op("flex_kernels::route", mutates_args=())
+
+def define(implementation: Callable[..., Any]) -> Any:
+    """The op ``flex_kernels::<name of the function>``, on every device, without a gradient of its own."""
+    name, schema = implementation.__name__, torch.library.infer_schema(implementation, mutates_args=())
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    return getattr(torch.ops.flex_kernels, name).default
+
+
+def unrecorded(op: Any) -> Callable[..., Any]:
+    """``op`` where nothing is to be recorded: every call of torch within, its own included, skips looking."""
+
+    def call(*inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    return call
+
+
+def differentiable(
+    op: Any, backward_op: Any, setup: Callable[..., None], vjp: Callable[..., tuple]
+) -> Callable[..., Any]:
+    """``op`` with a gradient: registered for tracers, and as a Function for eager calls.
+
+    Args:
+        setup: (ctx, inputs, output) -> None, as ``register_autograd`` wants it.
+        vjp: (``backward_op``, ctx, *gradients of the outputs) -> gradients of the inputs.
+    """
+    torch.library.register_autograd(op, partial(vjp, backward_op), setup_context=setup, lib=LIBRARY)
+    forward_only, backward_only = unrecorded(op), unrecorded(backward_op)
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = forward_only(*inputs)
+            setup(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Any) -> tuple:
+            return vjp(backward_only, ctx, *grads)
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return op(*inputs)
+        return Recorded.apply(*inputs) if torch.is_grad_enabled() else forward_only(*inputs)
+
+    return call
+
+
+@define
 def route(
     x_TH: Tensor,
     weight_EH: Tensor,
@@ -41,7 +99,7 @@ def route(
     )
 
 
-@route.register_fake
+@torch.library.register_fake(route, lib=LIBRARY)
 def _(
     x_TH, weight_EH, bias_E, gate_weight_GH, gate_bias_G, top_k, normalize, score, scale, want_logits, backend
 ):
@@ -55,7 +113,7 @@ def _(
     )
 
 
-@torch.library.custom_op("flex_kernels::route_backward", mutates_args=())
+@define
 def route_backward(
     grad_weights_TK: Tensor,
     grad_gates_GT: Tensor,
@@ -94,7 +152,7 @@ def empty_unless(needed: bool, like: Tensor) -> Tensor:
     return like.new_empty(like.shape if needed else (0,))
 
 
-@route_backward.register_fake
+@torch.library.register_fake(route_backward, lib=LIBRARY)
 def _(
     gw,
     gg,
@@ -121,18 +179,30 @@ def route_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ids_TK, weights_TK, gates_GT, _ = output
     ctx.mark_non_differentiable(ids_TK)
     ctx.save_for_backward(x_TH, weight_EH, gate_weight_GH, ids_TK, weights_TK, gates_GT)
+    # Without this, backward is handed zeros for ids, and for logits that nobody asked for.
+    ctx.set_materialize_grads(False)
+
+
+def dense(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad.contiguous()
 
 
 def route_vjp(
-    ctx: Any, grad_ids: Any, grad_weights: Tensor, grad_gates: Tensor, grad_logits: Tensor
+    backward: Any,
+    ctx: Any,
+    grad_ids: None,
+    grad_weights: Tensor | None,
+    grad_gates: Tensor | None,
+    grad_logits: Tensor | None,
 ) -> tuple:
-    need = ctx.needs_input_grad
+    need, saved = ctx.needs_input_grad, ctx.saved_tensors
     needs = [need[0], need[1], need[3], need[4]]
-    grads = route_backward(
-        grad_weights.contiguous(),
-        grad_gates.contiguous(),
-        grad_logits.contiguous(),
-        *ctx.saved_tensors,
+    weight_EH, weights_TK, gates_GT = saved[1], saved[4], saved[5]
+    grads = backward(
+        dense(grad_weights, weights_TK),
+        dense(grad_gates, gates_GT),
+        gates_GT.new_empty(0, weight_EH.shape[0]) if grad_logits is None else grad_logits.contiguous(),
+        *saved,
         ctx.normalize,
         ctx.score,
         ctx.scale,
@@ -143,10 +213,10 @@ def route_vjp(
     return dx, dw, None, dgw, dgb, None, None, None, None, None, None
 
 
-route.register_autograd(route_vjp, setup_context=route_setup)
+apply_route = differentiable(route, route_backward, route_setup, route_vjp)
 
 
-@torch.library.custom_op("flex_kernels::experts", mutates_args=())
+@define
 def experts(
     x_TH: Tensor,
     ids_TK: Tensor,
@@ -190,7 +260,7 @@ def experts(
     )
 
 
-@experts.register_fake
+@torch.library.register_fake(experts, lib=LIBRARY)
 def _(
     x_TH,
     ids_TK,
@@ -218,7 +288,7 @@ def _(
     return x_TH.new_empty(x_TH.shape), preact(T * K, gate_up), preact(T, p_gate_up), preact(T, s_gate_up)
 
 
-@torch.library.custom_op("flex_kernels::experts_backward", mutates_args=())
+@define
 def experts_backward(
     grad_y_TH: Tensor,
     x_TH: Tensor,
@@ -267,7 +337,7 @@ def experts_backward(
     )
 
 
-@experts_backward.register_fake
+@torch.library.register_fake(experts_backward, lib=LIBRARY)
 def _(
     dy,
     x,
@@ -308,13 +378,13 @@ def experts_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def experts_vjp(ctx: Any, grad_y: Tensor, *grad_preacts: Any) -> tuple:
+def experts_vjp(backward: Any, ctx: Any, grad_y: Tensor, *grad_preacts: Any) -> tuple:
     needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
-    grads = experts_backward(grad_y.contiguous(), *ctx.saved_tensors, ctx.mix, needs, ctx.backend)
+    grads = backward(grad_y.contiguous(), *ctx.saved_tensors, ctx.mix, needs, ctx.backend)
     out: list[Tensor | None] = [None] * 16
     for position, needed, grad in zip(DIFFERENTIABLE, needs, grads):
         out[position] = grad if needed else None
     return tuple(out)
 
 
-experts.register_autograd(experts_vjp, setup_context=experts_setup)
+apply_experts = differentiable(experts, experts_backward, experts_setup, experts_vjp)

@@ -22,11 +22,22 @@ def pattern(shape: tuple[int | str, ...]) -> str:
     return "[" + ", ".join(str(s) for s in shape) + "]"
 
 
+def differs(shape: tuple[int | str, ...], sizes: tuple[int, ...]) -> bool:
+    """Whether ``sizes`` are not of ``shape``, which mixes sizes that must match with letters for any."""
+    if len(shape) != len(sizes):
+        return True
+    # Every forward pass asks this of every tensor, and any() over a generator takes longer.
+    for wanted, size in zip(shape, sizes):  # noqa: SIM110
+        if isinstance(wanted, int) and wanted != size:
+            return True
+    return False
+
+
 def check_tensor(name: str, t: object, shape: tuple[int | str, ...], device: torch.device) -> None:
-    """``shape`` mixes sizes that must match with letters that may be anything."""
+    """``shape`` as in :func:`differs`."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor {pattern(shape)}, got {type(t).__name__}")
-    if t.ndim != len(shape) or any(isinstance(s, int) and s != n for s, n in zip(shape, t.shape)):
+    if differs(shape, t.shape):
         raise ValueError(f"{name} must be {pattern(shape)}, got {describe(t)}")
     if t.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(t)}")
@@ -47,7 +58,7 @@ def check_weights(
             f"{name} must have int8 codes (int8) or uint8 codes (nf4) and bfloat16 scales, "
             f"got codes {describe(codes)} and scales {describe(scales)}"
         )
-    if codes.ndim != 3 or any(isinstance(s, int) and s != n for s, n in zip(shape, weights.shape)):
+    if codes.ndim != 3 or differs(shape, weights.shape):
         raise ValueError(f"{name} must be {pattern(shape)}, got {weights.kind} {list(weights.shape)}")
     count, rows = codes.shape[:2]
     packed = columns if weights.kind == "int8" else -(-columns // 2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
@@ -37,6 +37,7 @@ class BackendStatus:
     detail: str
 
 
+@cache
 def backend_module(name: str) -> ModuleType:
     """The module of a fused backend; imported on first use, so that a missing part costs nothing."""
     return importlib.import_module(f"flex_kernels.{name}")

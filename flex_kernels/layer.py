@@ -63,17 +63,18 @@ def flex_moe(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, experts = x.to(dtype), Experts(cast(experts.gate_up, dtype), cast(experts.down, dtype))
+        # The custom ops choose their own dtypes; autocast would only convert the float32 router product.
+        with torch.autocast(x.device.type, enabled=False):
+            return flex_moe(x, router, experts, personal, shared, mix, save, backend, return_router_logits)
     name = resolve_backend(backend, x.device, x.dtype)
-    x_TH = x.reshape(-1, x.shape[-1]).contiguous()
-    # The custom ops choose their own dtypes; autocast would only convert the float32 router product.
-    with torch.autocast(x.device.type, enabled=False):
-        if name == "reference":
-            y_TH, logits_TE = reference.moe(x_TH, router, experts, personal, shared, mix)
-        else:
-            y_TH, logits_TE = fused_moe(
-                x_TH, router, experts, personal, shared, mix, save, name, return_router_logits
-            )
-    y = y_TH.view(x.shape)
+    x_TH = (x if x.ndim == 2 else x.reshape(-1, x.shape[-1])).contiguous()
+    if name == "reference":
+        y_TH, logits_TE = reference.moe(x_TH, router, experts, personal, shared, mix)
+    else:
+        y_TH, logits_TE = fused_moe(
+            x_TH, router, experts, personal, shared, mix, save, name, return_router_logits
+        )
+    y = y_TH if x.ndim == 2 else y_TH.view(x.shape)
     return (y, logits_TE) if return_router_logits else y
 
 
@@ -90,26 +91,48 @@ def fused_moe(
 ) -> tuple[Tensor, Tensor | None]:
     """The same equations as two custom ops: the thin products of x, then the feed-forward blocks."""
     gate_weight_GH, gate_bias_G = stack_gates(x_TH, personal, shared)
-    ids_TK, weights_TK, gates_GT, logits_TE = autograd.route(
-        x_TH,
-        router.weight if isinstance(router, Router) else x_TH.new_empty(0, x_TH.shape[1]),
-        router.bias if isinstance(router, Router) else None,
-        gate_weight_GH,
-        gate_bias_G,
-        router.top_k if isinstance(router, Router) else 0,
-        router.normalize if isinstance(router, Router) else False,
-        router.score if isinstance(router, Router) else "softmax",
-        router.scale if isinstance(router, Router) else 1.0,
-        want_logits,
-        backend,
-    )
-    if isinstance(router, Routed):
-        ids_TK, weights_TK = skip_unknown(router.ids, experts.count).int(), router.weights.float()
+    logits_TE = None
+    if isinstance(router, Router):
+        ids_TK, weights_TK, gates_GT, logits_TE = autograd.apply_route(
+            x_TH,
+            router.weight,
+            router.bias,
+            gate_weight_GH,
+            gate_bias_G,
+            router.top_k,
+            router.normalize,
+            router.score,
+            router.scale,
+            want_logits,
+            backend,
+        )
+    else:
+        ids_TK, weights_TK = skip_unknown(router.ids, experts.count, backend).int(), router.weights.float()
+        gates_GT = gate_weight_GH
+        if gate_weight_GH.shape[0]:
+            nothing_EH = x_TH.new_empty(0, x_TH.shape[1])
+            gates_GT = autograd.apply_route(
+                *(
+                    x_TH,
+                    nothing_EH,
+                    None,
+                    gate_weight_GH,
+                    gate_bias_G,
+                    0,
+                    False,
+                    "softmax",
+                    1.0,
+                    False,
+                    backend,
+                )
+            )[2]
     gate_up, gate_up_scales = stored(experts.gate_up)
     down, down_scales = stored(experts.down)
-    gate_T = None if personal is None else gates_GT[0]
-    shared_gate_T = None if shared is None or shared.gate_weight is None else gates_GT[-1]
-    y_TH = autograd.experts(
+    # Not by index, whose backward fills and copies once a gate.
+    gates = gates_GT.unbind(0) if gates_GT.shape[0] > 1 else (gates_GT.view(-1),)
+    gate_T = None if personal is None else gates[0]
+    shared_gate_T = None if shared is None or shared.gate_weight is None else gates[-1]
+    y_TH = autograd.apply_experts(
         x_TH,
         ids_TK,
         weights_TK,
@@ -130,12 +153,14 @@ def fused_moe(
     return y_TH, logits_TE if want_logits else None
 
 
-def skip_unknown(ids_TK: Tensor, experts: int) -> Tensor:
+def skip_unknown(ids_TK: Tensor, experts: int, backend: str) -> Tensor:
     """``ids_TK`` with everything outside [0, E] as E, a slot to skip, where :func:`check_ids` could not look.
 
     Before the cast to int32, in which an id of 2^32 would become expert 0. Without waiting for the device.
+    The CUDA kernels' sort skips such ids itself.
     """
-    if ids_TK.device.type == "cpu" and not torch.compiler.is_compiling():
+    looked = backend == "cpu" and not torch.compiler.is_compiling()
+    if looked or (backend == "cuda" and ids_TK.dtype == torch.int32):
         return ids_TK
     # -1 modulo E + 1 is E: two small kernels, where comparisons and a choice would be four.
     return ids_TK.clamp(-1, experts).remainder(experts + 1)

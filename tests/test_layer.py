@@ -11,7 +11,7 @@ import torch
 from cases import Case, assert_close, make_case, relative_error, with_fixed_routing
 from torch.utils.checkpoint import checkpoint
 
-from flex_kernels import Experts, Routed, Router, checkpoint_contexts, flex_moe
+from flex_kernels import Experts, Routed, Router, autograd, checkpoint_contexts, flex_moe
 from flex_kernels.dispatch import backend_module, resolve_backend
 
 
@@ -236,6 +236,41 @@ def test_compiled_ids_outside_the_experts_are_skipped_and_never_wrap(dtype):
     traced = torch.compile(layer, fullgraph=True, backend="aot_eager")
     want = layer(replace(case, router=Routed(skipping, weights)))
     assert torch.equal(traced(replace(case, router=Routed(ids, weights))), want)
+
+
+def test_torch_finds_nothing_wrong_with_the_ops():
+    """Schema, fake shapes, registered gradient; for the experts also both passes through AOTAutograd, whose
+    check adds outputs up and so cannot take the integer ids of the router."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, requires_grad=True)
+
+    x, ids = random(5, 8), torch.tensor([[0, 3], [1, 2], [3, 0], [2, 2], [4, 1]], dtype=torch.int32)
+    route = (x, random(4, 8), None, random(1, 8), random(1), 2, True, "softmax", 1.5, True, "cpu")
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.flex_kernels.route.default, route, test_utils=checks)
+    weights = (random(5, 2), random(4, 12, 8), random(4, 8, 6), None, None, random(12, 8), random(8, 6))
+    experts = (x, ids, *weights, random(5), None, None, None, "add", False, "cpu")
+    torch.library.opcheck(torch.ops.flex_kernels.experts.default, experts)
+
+
+def test_calls_with_and_without_a_graph_agree_with_the_op_itself():
+    """Eager calls record their gradient around the op, tracers find one registered on it: the same one."""
+    case = make_case(personal=False, shared="none").requiring()
+    op, eager = torch.ops.flex_kernels.experts.default, autograd.apply_experts
+    ids = torch.tensor([[0, 1]] * case.x_TH.shape[0], dtype=torch.int32)
+    weights = torch.rand(ids.shape, requires_grad=True)
+    tensors = (case.x_TH, ids, weights, case.experts.gate_up, case.experts.down)
+    leaves = [case.x_TH, weights, case.experts.gate_up, case.experts.down]
+    found = []
+    for call in (op, eager):
+        y = call(*tensors, *(None,) * 8, "add", False, "cpu")[0]
+        found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    with torch.no_grad():
+        found.append([eager(*tensors, *(None,) * 8, "add", False, "cpu")[0]])
+    for got, want in (*zip(found[1], found[0]), (found[2][0], found[0][0])):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("kind", [None, "nf4"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from functools import cache
 from typing import Any
 
 import torch
@@ -105,13 +106,15 @@ def sorted_groups(ids_TK: Tensor, experts: int, block_m: int) -> tuple[Any, Tens
 
     kernels = ops.kernels()
     if experts > kernels.native.MAX_EXPERTS:
-        return groups.sorted_groups(ids_TK, experts, block_m)
+        known_TK = ids_TK.clamp(-1, experts).remainder(experts + 1)
+        return groups.sorted_groups(known_TK, experts, block_m)
     found = kernels.permute_tiles(ids_TK, experts, block_m)
     rows, bound = ids_TK.numel(), groups.tile_bound(ids_TK.numel(), experts, block_m)
     tables = found.order_N, found.offsets_E1, found.tile_expert_M, found.tile_row_M, found.tile_count_1
     return groups.Groups(rows, ids_TK.shape[1], block_m, bound, *tables), found.inverse_N.view_as(ids_TK)
 
 
+@cache
 def products() -> Any:
     """The Triton backend, whose grouped products this one shares; imported late: triton may be missing."""
     from flex_kernels import triton
@@ -119,6 +122,7 @@ def products() -> Any:
     return triton
 
 
+@cache
 def helpers() -> Any:
     """The pieces of the Triton backend that these kernels replace."""
     from flex_kernels.triton.experts import Helpers

@@ -48,6 +48,11 @@ class Permutation(NamedTuple):
     tile_count_1: Tensor | None = None
 
 
+def current_stream(device_index: int) -> int:
+    """The stream as an integer, without the object around it that torch.cuda.current_stream makes."""
+    return torch._C._cuda_getCurrentRawStream(device_index)
+
+
 def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -74,11 +79,13 @@ class RoutingKernels:
             RuntimeError: the launch failed; names the kernel and CUDA's reason.
         """
         function = getattr(self.native, kernel)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                error = function(device.index, torch.cuda.current_stream().cuda_stream, *arguments)
-        else:
+        if device.type != "cuda":
             error = function(0, 0, *arguments)
+        elif device.index == torch.cuda.current_device():
+            error = function(device.index, current_stream(device.index), *arguments)
+        else:
+            with torch.cuda.device(device):
+                error = function(device.index, current_stream(device.index), *arguments)
         if error:
             reason = self.native.error_string(error)
             raise RuntimeError(f"CUDA kernel {kernel} on {device} failed: {reason} (error {error})")
@@ -86,16 +93,18 @@ class RoutingKernels:
     def check(
         self, name: str, t: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
     ) -> None:
+        fits = t.shape == shape and t.dtype in dtypes and t.is_contiguous()
+        if fits and t.device == like.device and t.device.type == self.native.DEVICE_TYPE:
+            return
         if t.device.type != self.native.DEVICE_TYPE or t.device != like.device:
             wanted = like.device if like.device.type == self.native.DEVICE_TYPE else self.native.DEVICE_TYPE
             raise ValueError(f"{name} is on {t.device}, this kernel wants it on {wanted}")
-        if tuple(t.shape) != shape or t.dtype not in dtypes or not t.is_contiguous():
-            layout = "" if t.is_contiguous() else " with strides " + str(list(t.stride()))
-            dtype = str(t.dtype).removeprefix("torch.")
-            accepted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-            raise ValueError(
-                f"{name} must be contiguous {list(shape)} {accepted}, got {list(t.shape)} {dtype}{layout}"
-            )
+        layout = "" if t.is_contiguous() else " with strides " + str(list(t.stride()))
+        dtype = str(t.dtype).removeprefix("torch.")
+        accepted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(
+            f"{name} must be contiguous {list(shape)} {accepted}, got {list(t.shape)} {dtype}{layout}"
+        )
 
     def check_routing(self, experts: int, top_k: int) -> None:
         if experts > self.native.MAX_EXPERTS:
@@ -259,13 +268,14 @@ class RoutingKernels:
             raise ValueError(f"ids holds {N} slots; rows are numbered in int32: split the batch")
         if block_rows < 0:
             raise ValueError(f"block_rows={block_rows} is negative")
-        offsets_E1 = torch.empty(experts + 1, dtype=torch.int32, device=device)
-        order_N, inverse_N = torch.empty(2, N, dtype=torch.int32, device=device)
-        counts_CE1 = torch.empty(self.native.permute_chunks(N), experts + 1, dtype=torch.int32, device=device)
         tiles = N // block_rows + min(experts, N) if block_rows else 0
-        tile_expert_M, tile_row_M, tile_count_1 = (
-            torch.empty(n, dtype=torch.int32, device=device) if block_rows else None
-            for n in (max(tiles, 1), max(tiles, 1), 1)
+        counts = self.native.permute_chunks(N) * (experts + 1)
+        held = max(tiles, 1) if block_rows else 0
+        sizes = (N, N, held, held, experts + 1, int(block_rows > 0), counts)
+        # One allocation: each costs the host as much as the kernel costs the device when tokens are few.
+        buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+        order_N, inverse_N, tile_expert_M, tile_row_M, offsets_E1, tile_count_1, counts_CE1 = buffer.split(
+            sizes
         )
         self.launch(
             "permute",
@@ -277,13 +287,13 @@ class RoutingKernels:
             address(offsets_E1),
             address(order_N),
             address(inverse_N),
-            address(tile_expert_M),
-            address(tile_row_M),
-            address(tile_count_1),
+            *(address(t) if block_rows else 0 for t in (tile_expert_M, tile_row_M, tile_count_1)),
             tiles,
             block_rows,
         )
-        if tile_expert_M is not None and tile_row_M is not None:
+        if not block_rows:
+            return Permutation(offsets_E1, order_N, inverse_N)
+        if held != tiles:
             tile_expert_M, tile_row_M = tile_expert_M[:tiles], tile_row_M[:tiles]
         return Permutation(offsets_E1, order_N, inverse_N, tile_expert_M, tile_row_M, tile_count_1)
 

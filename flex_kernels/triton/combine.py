@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flex_kernels.triton.direct import launch
 from flex_kernels.triton.tiles import ceil_div, next_power_of_2
 
 
@@ -89,15 +90,13 @@ def combine(
     (T, K), H = inverse_TK.shape, y_NH.shape[1]
     out_TH = y_NH.new_empty(T, H)
     block = min(next_power_of_2(H), 2048)
-    combine_kernel[(T, ceil_div(H, block))](
-        y_NH,
-        inverse_TK,
-        weights_TK,
-        shared_TH,
-        shared_gate_T,
-        personal_TH,
-        gate_T,
-        out_TH,
+    launch(
+        combine_kernel,
+        y_NH.device,
+        (T, ceil_div(H, block)),
+        (y_NH, inverse_TK, weights_TK, shared_TH, shared_gate_T, personal_TH, gate_T, out_TH),
+        (),
+        (),
         H=H,
         K=K,
         HAS_WEIGHT=weights_TK is not None,

@@ -234,18 +234,12 @@ def down_backward(
         w_desc = descriptor(values, (1, tile.k, tile.n)) if tile.tma else None
         scales, *scale_strides = scale_arguments(w)
         grouped_launch(down_backward_kernel, I, w, rows, tile, w_desc is not None, dy_TH.device)(
-            dy_TH,
-            values if w_desc is None else w_desc,
-            scales,
-            preact_N2I,
-            dz_N2I,
-            act_NI,
-            ds_BN,
-            score,
-            damp_T,
-            *rows.pointers(),
-            *values.stride(),
-            *scale_strides,
+            (
+                *(dy_TH, values if w_desc is None else w_desc, scales, preact_N2I),
+                *(dz_N2I, act_NI, ds_BN, score, damp_T, *rows.pointers()),
+            ),
+            (rows.rows,),
+            (*values.stride(), *scale_strides),
             H=H,
             I=I,
             SLOTS=rows.slots,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,8 +48,7 @@ class Helpers:
 TRITON = Helpers()
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """One set of experts (routed, personal or shared) with its rows and its tiles; E = 1 for a dense
     expert."""
 
@@ -88,7 +88,9 @@ def dense_block(x_TH: Tensor, gate_up_2IH: Tensor | None, down_HI: Tensor | None
         return None
     (H, I), T = down_HI.shape, x_TH.shape[0]
     plan = plan_for(x_TH.device, x_TH.dtype, H, I, 1, 1, T)
-    gate_up_E2IH, down_EHI = gate_up_2IH[None].to(x_TH.dtype), down_HI[None].to(x_TH.dtype)
+    if gate_up_2IH.dtype != x_TH.dtype or down_HI.dtype != x_TH.dtype:
+        gate_up_2IH, down_HI = gate_up_2IH.to(x_TH.dtype), down_HI.to(x_TH.dtype)
+    gate_up_E2IH, down_EHI = gate_up_2IH.unsqueeze(0), down_HI.unsqueeze(0)
     return Block(gate_up_E2IH, down_EHI, dense(T, plan.m), plan)
 
 
@@ -155,8 +157,7 @@ def experts_forward(
     return y_TH, preact_N2I, personal_preact, shared_preact
 
 
-@dataclass(frozen=True)
-class BlockNeeds:
+class BlockNeeds(NamedTuple):
     """Which gradients of one block are asked for: of x, of its weights, and of the factor of each row's
     output."""
 
@@ -166,8 +167,7 @@ class BlockNeeds:
     score: bool
 
 
-@dataclass(frozen=True)
-class BlockGrads:
+class BlockGrads(NamedTuple):
     """Gradients of one block, None where not asked for.
 
     Attributes:
@@ -196,7 +196,7 @@ def block_backward(
     The block's output row enters the layer's output times ``score`` (one a slot, or None for 1) and times
     1 - ``damp_T`` where that is given.
     """
-    if block is None or needs == BlockNeeds(False, False, False, False):
+    if block is None or not any(needs):
         return BlockGrads()
     groups, plan = block.groups, block.plan
     recomputed = not preact_N2I.numel()

@@ -166,15 +166,14 @@ def grouped_gemm(a_NR: Tensor, w: Weights, out_first: bool, groups: Groups, tile
         tma = a_desc is not None and w_desc is not None
         scales, *scale_strides = scale_arguments(piece)
         grouped_launch(grouped_gemm_kernel, C, piece, rows, tile, tma, a_NR.device)(
-            a_desc if tma else a_NR,
-            w_desc if tma else values,
-            scales,
-            c_NC,
-            *rows.pointers(),
-            stride_we,
-            stride_w2 if out_first else stride_w1,
-            stride_w1 if out_first else stride_w2,
-            *scale_strides,
+            (a_desc if tma else a_NR, w_desc if tma else values, scales, c_NC, *rows.pointers()),
+            (rows.rows,),
+            (
+                stride_we,
+                stride_w2 if out_first else stride_w1,
+                stride_w1 if out_first else stride_w2,
+                *scale_strides,
+            ),
             R=R,
             C=C,
             OUT_FIRST=out_first,

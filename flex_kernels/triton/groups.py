@@ -6,13 +6,14 @@ The index arrays are described in :mod:`flex_kernels.triton.common`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flex_kernels.triton.direct import launch
 from flex_kernels.triton.tiles import ceil_div, next_power_of_2
 
 
@@ -63,8 +64,7 @@ def tile_table_kernel(
         tl.store(tile_count_ptr, before + own)
 
 
-@dataclass(frozen=True)
-class Groups:
+class Groups(NamedTuple):
     """The rows of a grouped product.
 
     Attributes:
@@ -91,14 +91,13 @@ class Groups:
         return self.order_N is not None
 
     def pointers(self) -> tuple:
-        """The arguments that every grouped kernel takes, in order."""
+        """The index arrays that every grouped kernel takes, in order."""
         return (
             self.order_N,
             self.offsets_E1,
             self.tile_expert_M,
             self.tile_row_M,
             self.tile_count_1,
-            self.rows,
         )
 
     def of_experts(self, first: int, end: int) -> Groups:
@@ -134,11 +133,13 @@ def grouped(offsets_E1: Tensor, order_N: Tensor, slots: int, block_m: int) -> Gr
     bound = tile_bound(N, E, block_m)
     table_2M = torch.empty(2, bound, dtype=torch.int32, device=order_N.device)
     tile_count_1 = torch.empty(1, dtype=torch.int32, device=order_N.device)
-    tile_table_kernel[(E,)](
-        offsets_E1,
-        table_2M[0],
-        table_2M[1],
-        tile_count_1,
+    launch(
+        tile_table_kernel,
+        order_N.device,
+        (E, 1),
+        (offsets_E1, table_2M[0], table_2M[1], tile_count_1),
+        (),
+        (),
         E=E,
         E_POW2=next_power_of_2(E),
         BM=block_m,

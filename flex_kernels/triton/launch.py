@@ -14,6 +14,7 @@ import torch
 import triton
 
 from flex_kernels.triton.codes import Weights, kind_of
+from flex_kernels.triton.direct import launch
 from flex_kernels.triton.groups import Groups
 from flex_kernels.triton.tiles import Tile, ceil_div, grid_size
 
@@ -32,9 +33,12 @@ def grouped_launch(
     kernel: Any, columns: int, w: Weights, rows: Groups, tile: Tile, tma: bool, device: torch.device
 ) -> Callable[..., Any]:
     """``kernel`` over all tiles of ``rows`` and ``columns``, still to be called with its own arguments."""
-    grid = (grid_size(rows.tile_bound * ceil_div(columns, tile.n), tile, device),)
+    grid = (grid_size(rows.tile_bound * ceil_div(columns, tile.n), tile, device), 1)
     return partial(
-        kernel[grid],
+        launch,
+        kernel,
+        device,
+        grid,
         GROUPED=rows.grouped,
         TMA=tma,
         KIND=kind_of(w),

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flex_kernels.triton.direct import launch
 from flex_kernels.triton.tiles import ceil_div, next_power_of_2
 
 # No score counts as less than this, so that an expert that was taken (-inf) is never chosen again.
@@ -160,19 +161,16 @@ def route(
     block_e = max(16, next_power_of_2(E))
     plain = x_TH.element_size() == 4 or weight_EH.dtype != x_TH.dtype
     with torch.cuda.device_of(x_TH):
-        route_kernel[(ceil_div(T, BLOCK_T),)](
-            x_TH,
-            weight_EH,
-            bias_E,
-            gate_weight_GH.contiguous(),
-            gate_bias_G.contiguous(),
-            ids_TK,
-            weights_TK,
-            gates_GT,
-            logits_TE,
-            T,
-            *weight_EH.stride(),
-            float(scale),
+        launch(
+            route_kernel,
+            x_TH.device,
+            (ceil_div(T, BLOCK_T), 1),
+            (
+                *(x_TH, weight_EH, bias_E, gate_weight_GH.contiguous(), gate_bias_G.contiguous()),
+                *(ids_TK, weights_TK, gates_GT, logits_TE),
+            ),
+            (T,),
+            (*weight_EH.stride(), float(scale)),
             H=H,
             E=E,
             K=top_k,

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flex_kernels import routing
+from flex_kernels.triton.direct import launch
 from flex_kernels.triton.route import block_hidden
 from flex_kernels.triton.tiles import ceil_div, next_power_of_2
 
@@ -220,22 +221,17 @@ def route_backward(
     dz_GT = torch.empty(G, T if want_dz else 0, dtype=f32, device=device)
     parts_PGH = torch.empty(programs if want_parts else 0, G, H, dtype=f32, device=device)
     with torch.cuda.device_of(x_TH):
-        route_backward_kernel[(programs,)](
-            x_TH,
-            weight_EH,
-            gate_weight_GH.contiguous(),
-            ids_TK,
-            grad_weights_TK,
-            grad_gates_GT,
-            grad_logits_TE,
-            gates_GT,
-            dx_TH,
-            dlogits_TE,
-            dz_GT,
-            parts_PGH,
-            T,
-            *weight_EH.stride(),
-            float(scale),
+        launch(
+            route_backward_kernel,
+            x_TH.device,
+            (programs, 1),
+            (
+                *(x_TH, weight_EH, gate_weight_GH.contiguous(), ids_TK),
+                *(grad_weights_TK, grad_gates_GT, grad_logits_TE, gates_GT),
+                *(dx_TH, dlogits_TE, dz_GT, parts_PGH),
+            ),
+            (T,),
+            (*weight_EH.stride(), float(scale)),
             H=H,
             E=E,
             K=ids_TK.shape[1],

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flex_kernels.triton.direct import launch
 from flex_kernels.triton.tiles import ceil_div
 
 
@@ -106,18 +107,16 @@ def score_grads(
     if not (need_weights or need_gate or need_shared_gate):
         return dweights_TK, dgate_T, dshared_gate_T
     block = 64
-    score_grads_kernel[(ceil_div(T, block),)](
-        routed_BN,
-        inverse_TK,
-        weights_TK,
-        personal_BT,
-        gate_T,
-        shared_BT,
-        shared_gate_T,
-        dweights_TK,
-        dgate_T,
-        dshared_gate_T,
-        T,
+    launch(
+        score_grads_kernel,
+        weights_TK.device,
+        (ceil_div(T, block), 1),
+        (
+            *(routed_BN, inverse_TK, weights_TK, personal_BT, gate_T, shared_BT, shared_gate_T),
+            *(dweights_TK, dgate_T, dshared_gate_T),
+        ),
+        (T,),
+        (),
         K=K,
         B=0 if routed_BN is None else routed_BN.shape[0],
         BP=0 if personal_BT is None else personal_BT.shape[0],

@@ -187,14 +187,9 @@ def up_swiglu(
         described = descriptor(values.unflatten(1, (2, I)), (1, 2, tile.n, tile.k)) if tile.tma else None
         scales, *scale_strides = scale_arguments(w)
         grouped_launch(up_swiglu_kernel, I, w, rows, tile, described is not None, x_TH.device)(
-            x_TH,
-            values if described is None else described,
-            scales,
-            act_NI,
-            preact_N2I,
-            *rows.pointers(),
-            *values.stride(),
-            *scale_strides,
+            (x_TH, values if described is None else described, scales, act_NI, preact_N2I, *rows.pointers()),
+            (rows.rows,),
+            (*values.stride(), *scale_strides),
             H=H,
             I=I,
             SLOTS=rows.slots,
