@@ -18,7 +18,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from flex_kernels.quantize import empty
-from flex_kernels.triton import codegen, codes, experts_backward, experts_forward, tiles, tune
+from flex_kernels.triton import codegen, codes, direct, experts_backward, experts_forward, tiles, tune
 from flex_kernels.triton.route import route
 from flex_kernels.triton.route_backward import route_backward
 
@@ -48,7 +48,8 @@ def hopper(monkeypatch):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """(launch as codegen records it, compiled kernel) of all that is launched."""
+    """(launch as codegen records it, compiled kernel) of all that is launched, by Triton's own way."""
+    monkeypatch.setattr(direct, "KNOWN_LAUNCHER", False)
     found = []
     real = JITFunction.run
 
@@ -122,6 +123,22 @@ def test_the_compiled_kernels_are_those_that_the_tests_of_generated_code_look_at
         assert attributes == looked_at.attrs, recorded.kernel
         assert compiled.metadata.num_warps == recorded.options.get("num_warps", 4)
         assert compiled.metadata.num_stages == recorded.options.get("num_stages", 3)
+
+
+@pytest.mark.skipif(not direct.KNOWN_LAUNCHER, reason="launches by Triton's own way alone")
+@pytest.mark.parametrize("kind", ["plain", "nf4"])
+def test_a_launch_seen_before_reaches_the_driver_as_by_tritons_own_way(kind, monkeypatch):
+    def launched(known):
+        monkeypatch.setattr(direct, "KNOWN_LAUNCHER", known)
+        before = len(log())
+        both_ways(512, kind)
+        return [line for line in log()[before:] if "launched" in line]
+
+    own = launched(False)
+    direct.FORMS.clear()
+    first, again = launched(True), launched(True)
+    assert len(direct.FORMS) > 5
+    assert own == first == again and len(own) > 10
 
 
 def test_another_number_of_tokens_loads_no_other_kernel(launches):
