@@ -89,7 +89,7 @@ void quantize_inputs(const void* x, int64_t hidden, const Segment* segments, int
       [&](const Segment& s, int64_t r) {
         return static_cast<const typename E::T*>(x) + address<const int32_t>(s.tokens)[r] * hidden;
       },
-      [](const Segment&) -> const uint16_t* { return nullptr; });
+      [](const Segment&) { return NoScales{}; });
 }
 
 // a = silu(x gate^T) * (x up^T); keeps both products where the segment asks.
@@ -181,7 +181,7 @@ void down(const Segment* segments, int64_t count, int64_t hidden, float* out, vo
     quantize_operands<E>(
         segments, count, [](const Segment& s) { return operand_of(s, s.width); },
         [](const Segment& s, int64_t r) { return address<const T>(s.hidden) + r * s.width; },
-        [](const Segment&) -> const uint16_t* { return nullptr; });
+        [](const Segment&) { return NoScales{}; });
   };
   each_slice(hidden, width, scratch, bytes, threads, longest(segments, count, hidden, 1), prepare,
              [&](const Workspace& work, int64_t column, int64_t columns, int64_t next) {
@@ -219,16 +219,19 @@ void down_backward(const Segment* segments, int64_t count, int64_t hidden, float
   const int64_t share = pieces(hidden, int64_t{thin ? 1 : 2} * threads * kPanelColumns) * kPanelColumns;
   const int64_t width = even_width(hidden, smaller(most, share), threads, slice_unit(segments, count));
   const auto columns_of = [&](int64_t i, int64_t column, int64_t columns) {
-    return WeightColumns<E>{gate_up_of<E>(segments[i]).from(0, column), columns, 2 * segments[i].width};
+    const Weight<E> weight = with_inverses(gate_up_of<E>(segments[i]), segments[i]);
+    return WeightColumns<E>{weight.from(0, column), columns, 2 * segments[i].width};
   };
   const auto first_of = [&](int64_t i, int64_t column) {
     return PackedCut::is_thin(segments[i]) ? Area{} : columns_of(i, column, hidden - column).area(0, 0);
   };
   const auto prepare = [&] {
+    find_all_inverses(segments, count, gate_up_of<E>, [](const Segment& s) { return 2 * s.width; },
+                      [&](const Segment&) { return hidden; });
     quantize_operands<E>(
         segments, count, [](const Segment& s) { return operand_of(s, 2 * s.width); },
         [](const Segment& s, int64_t r) { return address<const T>(s.hidden) + 2 * r * s.width; },
-        [](const Segment& s) { return address<const uint16_t>(s.gate_up_scales); });
+        [](const Segment& s) { return RowScales<E>{with_inverses(gate_up_of<E>(s), s)}; });
   };
   each_slice(hidden, width, scratch, bytes, threads, longest(segments, count, hidden, 2), prepare,
              [&](const Workspace& work, int64_t column, int64_t columns, int64_t next) {
@@ -256,8 +259,8 @@ void down_backward(const Segment* segments, int64_t count, int64_t hidden, float
                    evenly(s.rows, kBlockRows, [&](int64_t row, int64_t rows) {
                      const Area next_area = row + rows < s.rows ? own.area(0, 0) : coming;
                      if (in_int8(s))
-                       int8_product<E, false>(operand_of(s, k), row, rows, own.weight, some, work.c, ldc, work,
-                                              next_area);
+                       int8_columns_product(operand_of(s, k), row, rows, own.weight, some, work.c, ldc, work,
+                                            next_area);
                      else
                        column_product<E>(dz + row * k, k, nullptr, rows, own, work.c, ldc, work, next_area);
                      add_rows(work.c, ldc, rows, tokens + row, nullptr, dx + column + start, hidden, some);
@@ -278,7 +281,8 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
   bool needs_x = false;
   for (int64_t i = 0; i < count; ++i) needs_x = needs_x || (in_int8(segments[i]) && !segments[i].preact);
   const auto down_columns = [hidden](const Place& place) {
-    return WeightColumns<E>{down_of<E>(*place.segment).from(0, place.column), place.columns, hidden};
+    const Weight<E> weight = with_inverses(down_of<E>(*place.segment), *place.segment);
+    return WeightColumns<E>{weight.from(0, place.column), place.columns, hidden};
   };
   const auto down_area = [&](const Place& place) {
     return PackedCut::is_thin(*place.segment) ? Area{} : down_columns(place).area(0, 0);
@@ -291,12 +295,14 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
   {
     const Workspace work(scratch, bytes, thread_index(), hidden);
     if (needs_x) quantize_inputs<E>(x, hidden, segments, count);
+    find_all_inverses(segments, count, down_of<E>, [&](const Segment&) { return hidden; },
+                      [](const Segment& s) { return s.width; });
     quantize_operands<E>(
         segments, count, [&](const Segment& s) { return dy_operand_of(s, hidden); },
         [&](const Segment& s, int64_t r) {
           return static_cast<const T*>(dy) + address<const int32_t>(s.tokens)[r] * hidden;
         },
-        [](const Segment& s) { return address<const uint16_t>(s.down_scales); });
+        [](const Segment& s) { return RowScales<E>{with_inverses(down_of<E>(s), s)}; });
     for (int64_t task = thread_index(), next; task < tasks; task = next) {
       next = queue.take();
       const Place place = grid.place(task, segments);
@@ -312,8 +318,8 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
       if (!s.preact)
         gate_and_up<E>(static_cast<const T*>(x), hidden, place, work.c, across, work, down_area(place));
       if (in_int8(s))
-        int8_product<E, false>(dy_operand_of(s, hidden), place.first_row, place.rows, down_columns(place).weight,
-                               columns, work.c + da, across, work, coming);
+        int8_columns_product(dy_operand_of(s, hidden), place.first_row, place.rows, down_columns(place).weight,
+                             columns, work.c + da, across, work, coming);
       else if (PackedCut::is_thin(s))
         thin_product<E>(static_cast<const T*>(dy), hidden, tokens, place.rows, hidden,
                         down_of<E>(s).from(0, place.column), columns, work.c + da, across, work);

@@ -11,10 +11,9 @@ constexpr int64_t kFewInt8Rows = 8;
 
 // c[m, r] = <a[m], row r> for R rows of codes and M rows of `a` from `first_row` on; `taken[m]` is what the codes'
 // being 128 too large adds to row m.
-template <int R, int M, class E>
+template <bool kNf4, int R, int M, class E>
 void int8_few_dots(const Int8Operand& a, int64_t first_row, const float* taken, const Weight<E>& weight, int64_t row,
                    float* c, int64_t ldc) {
-  const char* code = weight.byte(row, 0);
   const int8_t* rows = a.codes + first_row * a.ld();
   const float* scales = a.scales + first_row * a.groups();
   V sums[R][M];
@@ -26,17 +25,19 @@ void int8_few_dots(const Int8Operand& a, int64_t first_row, const float* taken, 
     const int64_t k = g * kInt8Group, left = a.k - k;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const char* from = code + r * weight.ld + k;
-      __builtin_prefetch(from + R * weight.ld, 0, 2);
-      __builtin_prefetch(from + R * weight.ld + 64, 0, 2);
-      const V low = _mm512_castsi512_ps(unsigned_codes(from, whole ? 64 : left));
-      const V high = _mm512_castsi512_ps(unsigned_codes(from + 64, whole ? 64 : left - 64));
+      const char* ahead = weight.byte(row + R + r, k);
+      __builtin_prefetch(ahead, 0, 2);
+      if (!kNf4) __builtin_prefetch(ahead + 64, 0, 2);
+      const bool two = whole || left > 64;
+      const V low = _mm512_castsi512_ps(row_codes<kNf4>(weight, row + r, k, whole ? 64 : left));
+      const V high = two ? _mm512_castsi512_ps(row_codes<kNf4>(weight, row + r, k + 64, whole ? 64 : left - 64))
+                         : _mm512_setzero_ps();
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const int8_t* with = rows + m * a.ld() + k;
         V products = _mm512_setzero_ps();
         add_products(products, low, _mm512_castsi512_ps(_mm512_loadu_si512(with)));
-        if (whole || left > 64) add_products(products, high, _mm512_castsi512_ps(_mm512_loadu_si512(with + 64)));
+        if (two) add_products(products, high, _mm512_castsi512_ps(_mm512_loadu_si512(with + 64)));
         sums[r][m] =
             fma(_mm512_cvtepi32_ps(_mm512_castps_si512(products)), set1(scales[m * a.groups() + g]), sums[r][m]);
       }
@@ -49,10 +50,10 @@ void int8_few_dots(const Int8Operand& a, int64_t first_row, const float* taken, 
     for (int m = 0; m < M; ++m) c[m * ldc + r] = sum(sums[r][m]) - taken[m];
 }
 
-// c [M, 64] (+)= scale * a [M, depth] times `depth` rows of 64 codes, ld bytes apart; `columns` of them are there. c
+// c [M, 64] (+)= scale * a [M, depth] times the first `depth` rows of a weight; `columns` of its columns are there. c
 // has the order of words_of_rows.
-template <int M>
-void int8_few_axpy(const char* code, int64_t ld, int64_t depth, int64_t columns, const int8_t* a, int64_t lda,
+template <bool kNf4, int M, class E>
+void int8_few_axpy(const Weight<E>& weight, int64_t depth, int64_t columns, const int8_t* a, int64_t lda,
                    const int32_t* start, const float* scale, int64_t groups, float* c, int64_t ldc, bool accumulate,
                    Coming coming) {
   V sums[M][4];
@@ -60,13 +61,13 @@ void int8_few_axpy(const char* code, int64_t ld, int64_t depth, int64_t columns,
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) sums[m][q] = _mm512_castsi512_ps(_mm512_set1_epi32(start[m]));
-  for (int64_t k = 0; k < depth; k += 4, code += 4 * ld, a += 4) {
+  for (int64_t k = 0; k < depth; k += 4, a += 4) {
     V words[4];
     __m512i r[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       if (coming.at) coming.fetch(k + i);
-      r[i] = k + i < depth ? unsigned_codes(code + i * ld, columns) : _mm512_setzero_si512();
+      r[i] = k + i < depth ? row_codes<kNf4>(weight, k + i, 0, columns) : _mm512_setzero_si512();
     }
     words_of_rows(r, words);
 #pragma GCC unroll 6
@@ -88,17 +89,17 @@ void int8_few_axpy(const char* code, int64_t ld, int64_t depth, int64_t columns,
     }
 }
 
-template <class E, int... M>
+template <bool kNf4, class E, int... M>
 struct FewDots {
   using Function = void (*)(const Int8Operand&, int64_t, const float*, const Weight<E>&, int64_t, float*, int64_t);
-  static constexpr Function one[] = {int8_few_dots<1, M, E>...};
-  static constexpr Function several[] = {int8_few_dots<(M > 4 ? 2 : 4), M, E>...};
+  static constexpr Function one[] = {int8_few_dots<kNf4, 1, M, E>...};
+  static constexpr Function several[] = {int8_few_dots<kNf4, (M > 4 ? 2 : 4), M, E>...};
 };
 
-template <class E>
+template <bool kNf4, class E>
 void few_rows_product(const Int8Operand& a, int64_t first_row, int64_t rows, const Weight<E>& weight, int64_t columns,
                       float* c, int64_t ldc) {
-  using Dots = FewDots<E, 1, 2, 3, 4, 5, 6, 7, 8>;
+  using Dots = FewDots<kNf4, E, 1, 2, 3, 4, 5, 6, 7, 8>;
   float taken[kFewInt8Rows];
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t row = first_row + m;
@@ -113,14 +114,14 @@ void few_rows_product(const Int8Operand& a, int64_t first_row, int64_t rows, con
   }
 }
 
-template <int... M>
+template <bool kNf4, class E, int... M>
 struct FewAxpys {
-  using Function = void (*)(const char*, int64_t, int64_t, int64_t, const int8_t*, int64_t, const int32_t*,
-                            const float*, int64_t, float*, int64_t, bool, Coming);
-  static constexpr Function of[] = {int8_few_axpy<M>...};
+  using Function = void (*)(const Weight<E>&, int64_t, int64_t, const int8_t*, int64_t, const int32_t*, const float*,
+                            int64_t, float*, int64_t, bool, Coming);
+  static constexpr Function of[] = {int8_few_axpy<kNf4, M, E>...};
 };
 
-template <class E>
+template <bool kNf4, class E>
 void few_columns_product(const Int8Operand& a, int64_t first_row, int64_t rows, const Weight<E>& weight,
                          int64_t columns, float* c, int64_t ldc) {
   constexpr int64_t kAtOnce = 6;
@@ -137,8 +138,8 @@ void few_columns_product(const Int8Operand& a, int64_t first_row, int64_t rows, 
       const Coming coming{weight.byte(k + kInt8Group, j), weight.ld};
       evenly(rows, kAtOnce, [&](int64_t m, int64_t count) {
         const int64_t row = first_row + m;
-        FewAxpys<1, 2, 3, 4, 5, 6>::of[count - 1](
-            weight.byte(k, j), weight.ld, depth, columns - j, a.codes + row * a.ld() + k, a.ld(), start + m,
+        FewAxpys<kNf4, E, 1, 2, 3, 4, 5, 6>::of[count - 1](
+            weight.from(k, j), depth, columns - j, a.codes + row * a.ld() + k, a.ld(), start + m,
             a.scales + row * a.groups() + g, a.groups(), panel(j) + m * step(j), step(j), g > 0, m ? Coming{} : coming);
       });
     }

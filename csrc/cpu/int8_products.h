@@ -20,7 +20,7 @@ constexpr int kInt8Rows = 12;  // rows at a time: 24 vectors of sums
 using Int8Tile = float[kTileCodes / 4 * kPanelCodes];
 
 // A tile whose columns are `columns` rows of the weight from `row` on, elements [k0, k0 + length) of each.
-template <class E>
+template <bool kNf4, class E>
 void pack_rows_of_codes(const Weight<E>& weight, int64_t row, int64_t columns, int64_t k0, int64_t length, int vectors,
                         float* tile) {
   for (int v = 0; v < vectors; ++v)
@@ -28,8 +28,7 @@ void pack_rows_of_codes(const Weight<E>& weight, int64_t row, int64_t columns, i
       __m512i r[16];
       for (int64_t i = 0; i < 16; ++i) {
         const int64_t column = v * 16 + i;
-        r[i] =
-            column < columns ? unsigned_codes(weight.byte(row + column, k0 + k), length - k) : _mm512_setzero_si512();
+        r[i] = column < columns ? row_codes<kNf4>(weight, row + column, k0 + k, length - k) : _mm512_setzero_si512();
       }
       transpose(r);
       for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(tile + ((k / 4 + i) * vectors + v) * 16, r[i]);
@@ -37,13 +36,13 @@ void pack_rows_of_codes(const Weight<E>& weight, int64_t row, int64_t columns, i
 }
 
 // A tile whose columns are `columns` columns of the weight from `column` on, its rows [k0, k0 + length).
-template <class E>
+template <bool kNf4, class E>
 void pack_columns_of_codes(const Weight<E>& weight, int64_t column, int64_t columns, int64_t k0, int64_t length,
                            int vectors, float* tile) {
   for (int64_t k = 0; k < length; k += 4, tile += vectors * 16) {
     __m512i r[4];
     for (int64_t i = 0; i < 4; ++i)
-      r[i] = k + i < length ? unsigned_codes(weight.byte(k0 + k + i, column), columns) : _mm512_setzero_si512();
+      r[i] = k + i < length ? row_codes<kNf4>(weight, k0 + k + i, column, columns) : _mm512_setzero_si512();
     V words[4];
     words_of_rows(r, words);
     in_order(words);
@@ -116,12 +115,12 @@ inline void pack_operand(const Int8Operand& a, int64_t first, int64_t rows, int6
 
 // C [rows, columns rounded up to kPanelColumns] = A B for at most kBlockRows rows, those of `a` from `first_row` on.
 // B's columns are rows of the weight (kReduceRows) or its columns; `coming`: what the next product reads first.
-template <class E, bool kReduceRows>
-void int8_product(const Int8Operand& a, int64_t first_row, int64_t rows, const Weight<E>& weight, int64_t columns,
-                  float* c, int64_t ldc, const Workspace& work, const Area& coming) {
+template <bool kReduceRows, bool kNf4, class E>
+void int8_product_of(const Int8Operand& a, int64_t first_row, int64_t rows, const Weight<E>& weight, int64_t columns,
+                     float* c, int64_t ldc, const Workspace& work, const Area& coming) {
   if (rows <= kFewInt8Rows) {
-    if (kReduceRows) return few_rows_product<E>(a, first_row, rows, weight, columns, c, ldc);
-    return few_columns_product<E>(a, first_row, rows, weight, columns, c, ldc);
+    if (kReduceRows) return few_rows_product<kNf4>(a, first_row, rows, weight, columns, c, ldc);
+    return few_columns_product<kNf4>(a, first_row, rows, weight, columns, c, ldc);
   }
   alignas(64) Int8Tile tile;
   int32_t start[kBlockRows][kStarts];
@@ -148,9 +147,9 @@ void int8_product(const Int8Operand& a, int64_t first_row, int64_t rows, const W
                                                 : coming,
                     pieces(rows, kInt8Rows) * pieces(length, 4) * vectors / 2);
         if (kReduceRows)
-          pack_rows_of_codes<E>(weight, j, some, k0, length, vectors, tile);
+          pack_rows_of_codes<kNf4>(weight, j, some, k0, length, vectors, tile);
         else
-          pack_columns_of_codes<E>(weight, j, some, k0, length, vectors, tile);
+          pack_columns_of_codes<kNf4>(weight, j, some, k0, length, vectors, tile);
         for (int v = 0; v < vectors; v += 2)
           evenly(rows, kInt8Rows, [&](int64_t r, int64_t several) {
             const auto run = int8_tile_product_of(several);
@@ -166,16 +165,37 @@ void int8_product(const Int8Operand& a, int64_t first_row, int64_t rows, const W
   }
 }
 
-// C = A W^T for rows [0, columns) of a weight of int8 codes; their scales multiply the columns.
+template <bool kReduceRows, class E>
+void int8_product(const Int8Operand& a, int64_t first_row, int64_t rows, const Weight<E>& weight, int64_t columns,
+                  float* c, int64_t ldc, const Workspace& work, const Area& coming) {
+  if (weight.kind == flex::kNf4)
+    int8_product_of<kReduceRows, true>(a, first_row, rows, weight, columns, c, ldc, work, coming);
+  else
+    int8_product_of<kReduceRows, false>(a, first_row, rows, weight, columns, c, ldc, work, coming);
+}
+
+// C = A B, B's columns being those of a weight whose scales A was multiplied with.
 template <class E>
-void int8_rows_product(const Int8Operand& a, int64_t first_row, int64_t rows, const Weight<E>& weight, int64_t columns,
+void int8_columns_product(const Int8Operand& a, int64_t first_row, int64_t rows, const Weight<E>& weight,
+                          int64_t columns, float* c, int64_t ldc, const Workspace& work, const Area& coming) {
+  int8_product<false>(a, first_row, rows, weight, columns, c, ldc, work, coming);
+}
+
+// C = A W^T for rows [0, columns) of a weight, at most kThinColumns; their scales multiply the columns.
+template <class E>
+void int8_rows_product(const Int8Operand& a, int64_t first_row, int64_t rows, Weight<E> weight, int64_t columns,
                        float* c, int64_t ldc, const Workspace& work, const Area& coming) {
-  int8_product<E, true>(a, first_row, rows, weight, columns, c, ldc, work, coming);
-  const uint16_t* scales = weight.scales + weight.row;
+  static_assert(flex::kSliceColumns <= flex::kThinColumns && flex::kForwardColumns <= flex::kThinColumns, "room");
+  float inverses[flex::kThinColumns];
+  if (weight.kind == flex::kNf4) {
+    find_inverses(weight, 0, columns, a.k, inverses);
+    weight.inverses = inverses;
+  }
+  int8_product<true>(a, first_row, rows, weight, columns, c, ldc, work, coming);
   for (int64_t r = 0; r < rows; ++r)
     over(columns, [&](int64_t j, int lanes) {
       float* to = c + r * ldc + j;
-      put<Float32>(to, mul(get<Float32>(to, lanes), get<BFloat16>(scales + j, lanes)), lanes);
+      put<Float32>(to, RowScales<E>{weight}(get<Float32>(to, lanes), j, lanes), lanes);
     });
 }
 

@@ -1,7 +1,9 @@
 // Rows rounded to int8 for products of int8 with int8 (VPDPBUSD, four a lane), AVX-512. Include products.h first.
 //
 // A row has a scale for every kInt8Group of its elements. Codes of a weight are taken as unsigned, 128 too large: sums
-// begin with, or are rid of, 128 times the sum of what these are multiplied with.
+// begin with, or are rid of, 128 times the sum of what these are multiplied with. A weight in NF4 is multiplied as the
+// int8 weight nearest to it: a row's largest scale is its scale, and a group's 16 levels are rounded to whole numbers
+// of 127ths of it.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -20,10 +22,28 @@ struct Int8Operand {
   int64_t groups() const { return pieces(k, kInt8Group); }
 };
 
-// Codes and scales of `source` [k] times `multiplier` (bfloat16; null for 1); zeros up to a multiple of 64. What is not
-// finite leaves its group's scale not finite.
+// What no row is multiplied with before it is rounded.
+struct NoScales {
+  V operator()(V values, int64_t, int) const { return values; }
+};
+
+// The scales of a weight's rows as int8.
 template <class E>
-void quantize_row(const typename E::T* source, int64_t k, const uint16_t* multiplier, int8_t* codes, float* scales) {
+struct RowScales {
+  Weight<E> weight;
+
+  // `lanes` values times the scales from row r on; the others are zeros.
+  V operator()(V values, int64_t r, int lanes) const {
+    if (weight.inverses)
+      return _mm512_maskz_div_ps(first(lanes), values, get<Float32>(weight.inverses + r, lanes));
+    return mul(values, get<BFloat16>(weight.scales + weight.row + r, lanes));
+  }
+};
+
+// Codes and scales of `source` [k], multiplied by `multiplier` first; zeros up to a multiple of 64. What is not finite
+// leaves its group's scale not finite.
+template <class E, class Multiplier>
+void quantize_row(const typename E::T* source, int64_t k, const Multiplier& multiplier, int8_t* codes, float* scales) {
   constexpr int64_t kVectors = kInt8Group / W;
   const __m512i no_sign = _mm512_set1_epi32(0x7fffffff);
   for (int64_t g = 0; g < k; g += kInt8Group, ++scales) {
@@ -33,8 +53,7 @@ void quantize_row(const typename E::T* source, int64_t k, const uint16_t* multip
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t at = g + v * W;
       const int lanes = static_cast<int>(smaller(W, k - at));
-      values[v] = get<E>(source + at, lanes);
-      if (multiplier) values[v] = mul(values[v], get<BFloat16>(multiplier + at, lanes));
+      values[v] = multiplier(get<E>(source + at, lanes), at, lanes);
       // As integers, so that what is not a number is the largest.
       most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(values[v]), no_sign));
     }
@@ -64,6 +83,54 @@ inline __m512i unsigned_codes(const char* p, int64_t n) {
   if (n >= 64) return _mm512_xor_si512(_mm512_loadu_si512(p), top);
   const auto mask = n > 0 ? static_cast<__mmask64>((uint64_t{1} << n) - 1) : __mmask64{0};
   return _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, p), top);
+}
+
+// The same of NF4, of which n are there, beginning a group of columns with this scale, in a row with this inverse.
+inline __m512i unsigned_nf4_codes(const char* p, int64_t n, const uint16_t* scale, float inverse) {
+  const V factor = mul(broadcast_bfloat(scale), set1(inverse));
+  // Whole numbers in the low bits of floats of 2^23 and more, rounded by the addition.
+  const __m512i whole = _mm512_castps_si512(fma(nf4_level_values(), factor, set1(8388608.0f + 128.0f)));
+  const __m512i table = _mm512_broadcast_i32x4(_mm512_cvtepi32_epi8(whole));
+  const __m512i pairs = _mm512_cvtepu8_epi16(thirty_two_bytes(p, (n + 1) / 2));
+  constexpr int kEitherOfTwoAndThird = 0xa8;
+  return _mm512_shuffle_epi8(table, _mm512_ternarylogic_epi32(pairs, _mm512_slli_epi16(pairs, 4),
+                                                              _mm512_set1_epi8(0x0f), kEitherOfTwoAndThird));
+}
+
+// 64 codes of a row of a weight from a column on that begins a group, of which n are there, as unsigned.
+template <bool kNf4, class E>
+__attribute__((always_inline)) inline __m512i row_codes(const Weight<E>& weight, int64_t r, int64_t column, int64_t n) {
+  const char* p = weight.data + (weight.row + r) * weight.ld;
+  const int64_t at = weight.column + column;
+  if (!kNf4) return unsigned_codes(p + at, n);
+  const uint16_t* scales = weight.scales + (weight.row + r) * weight.scales_ld;
+  return unsigned_nf4_codes(p + at / 2, n, scales + at / flex::kGroupColumns, weight.inverses[r]);
+}
+
+// The largest of a row's scales, bfloat16, signs apart.
+inline float largest_scale(const uint16_t* scales, int64_t count) {
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 32) {
+    const auto mask = static_cast<__mmask32>((uint64_t{1} << smaller(32, count - i)) - 1);
+    const __m512i sizes = _mm512_and_si512(_mm512_maskz_loadu_epi16(mask, scales + i), _mm512_set1_epi16(0x7fff));
+    most = _mm512_max_epu16(most, sizes);
+  }
+  const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
+  const __m128i quarter = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  // There is an instruction for the smallest of eight.
+  const __m128i smallest = _mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1)));
+  return widen(static_cast<uint16_t>(~_mm_extract_epi16(smallest, 0)));
+}
+
+// Inverses of rows [from, to) of a weight in NF4 with `columns` columns. Scales too small for one are taken for zero.
+template <class E>
+void find_inverses(const Weight<E>& weight, int64_t from, int64_t to, int64_t columns, float* inverses) {
+  constexpr float kSmallest = 1e-30f;
+  for (int64_t r = from; r < to; ++r) {
+    const float largest = largest_scale(weight.scales + (weight.row + r) * weight.scales_ld,
+                                        pieces(columns, flex::kGroupColumns));
+    inverses[r] = 127.0f / (largest < kSmallest ? kSmallest : largest);
+  }
 }
 
 // Words of 64 columns of four rows of codes: lane L of w[q], of 128 bits, holds those of columns 16 L + 4 q to
@@ -103,9 +170,35 @@ inline Int8Operand dy_operand_of(const flex::Segment& s, int64_t k) {
   return {address<const int8_t>(s.dy_codes), address<const float>(s.dy_scales), k};
 }
 
+// A weight of a segment with what its rows are multiplied with in int8, once find_all_inverses was here.
+template <class E>
+Weight<E> with_inverses(Weight<E> weight, const flex::Segment& s) {
+  if (weight.kind == flex::kNf4) weight.inverses = address<const float>(s.inverses);
+  return weight;
+}
+
+// Finds the inverses of a weight in NF4 of every segment that multiplies in int8, its rows shared out among the threads
+// of this region, and waits for all of them. `weight_of(segment)` has `rows_of(segment)` rows of columns_of(segment).
+template <class WeightOf, class RowsOf, class ColumnsOf>
+void find_all_inverses(const flex::Segment* segments, int64_t count, WeightOf weight_of, RowsOf rows_of,
+                       ColumnsOf columns_of) {
+  bool any = false;
+  for (int64_t i = 0; i < count; ++i) {
+    const flex::Segment& s = segments[i];
+    const auto weight = weight_of(s);
+    if (!in_int8(s) || weight.kind != flex::kNf4) continue;
+    any = true;
+    const int64_t rows = rows_of(s), team = team_size(), thread = thread_index();
+    find_inverses(weight, rows * thread / team, rows * (thread + 1) / team, columns_of(s), address<float>(s.inverses));
+  }
+  if (any) {
+#pragma omp barrier
+  }
+}
+
 // Rounds an operand of every segment that multiplies in int8, its rows shared out among the threads of this region, and
 // waits for all of them. `operand_of(segment)` says where codes go, `row_of(segment, r)` where row r comes from, and
-// `multiplier_of(segment)` what each of its elements is multiplied with first, or null.
+// `multiplier_of(segment)` what its elements are multiplied with first.
 template <class E, class OperandOf, class RowOf, class MultiplierOf>
 void quantize_operands(const flex::Segment* segments, int64_t count, OperandOf operand_of, RowOf row_of,
                        MultiplierOf multiplier_of) {

@@ -18,8 +18,8 @@ constexpr float kNf4Levels[16] = {-1.0f,       -0.6953125f, -0.5234375f, -0.3945
                                   -0.0908203125f, 0.0f,     0.07958984375f, 0.1611328125f, 0.24609375f, 0.337890625f,
                                   0.44140625f, 0.5625f,     0.72265625f, 1.0f};
 
-// One expert and the rows it serves: y[tokens[n]] += scale[n] * E(x[tokens[n]]). Twenty-two int64 words, so that Python
-// can lay out an array of them as an integer matrix. Addresses that a function does not need may be 0.
+// One expert and the rows it serves: y[tokens[n]] += scale[n] * E(x[tokens[n]]). Twenty-three int64 words, so that
+// Python can lay out an array of them as an integer matrix. Addresses that a function does not need may be 0.
 struct Segment {
   int64_t gate_up;     // [2I, H] address, gate rows first
   int64_t gate_up_ld;  // elements between rows; bytes for codes
@@ -40,6 +40,7 @@ struct Segment {
   // I elements (backward: H and 2I), each rounded up to kInt8Unit, and a float for every kInt8Group of them.
   int64_t codes, code_scales;
   int64_t dy_codes, dy_scales;  // backward: of n rows of H elements
+  int64_t inverses;             // backward, of weights in NF4: a float for every row of either weight
 };
 
 // Geometry of the fused kernels, the same for every instruction set. A "word" is 32 bits of packed operand: one

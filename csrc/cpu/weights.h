@@ -37,10 +37,14 @@ struct Weight {
   int64_t scales_ld;
   int64_t kind;  // flex::WeightKind
   int64_t row, column;
+  // Of NF4 that is multiplied in int8, for every row from `row` on: what makes its weights numbers of at most 127.
+  const float* inverses = nullptr;
 
   bool stored() const { return kind == flex::kStored; }
   const T* at(int64_t r, int64_t c) const { return reinterpret_cast<const T*>(data) + (row + r) * ld + column + c; }
-  Weight from(int64_t r, int64_t c) const { return {data, ld, scales, scales_ld, kind, row + r, column + c}; }
+  Weight from(int64_t r, int64_t c) const {
+    return {data, ld, scales, scales_ld, kind, row + r, column + c, inverses ? inverses + r : nullptr};
+  }
 
   // The byte of an element.
   const char* byte(int64_t r, int64_t c) const {

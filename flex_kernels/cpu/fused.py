@@ -179,7 +179,7 @@ def in_int8(block: Block) -> bool:
     """Whether the kernels multiply this block's codes with rows rounded to int8."""
     weights = (block.gate_up_E2IH, block.down_EHI)
     return ops.int8_products() and all(
-        isinstance(w, Quantized) and w.kind == "int8" and w.scales.stride(-1) == 1 for w in weights
+        isinstance(w, Quantized) and w.scales.stride(-1) == 1 for w in weights
     )
 
 
@@ -190,6 +190,10 @@ class BlockWords:
 
     def __init__(self, block: Block, hidden: Tensor, factor: int, scaled: Tensor | None):
         self.in_int8 = in_int8(block)
+        weights = (block.gate_up_E2IH, block.down_EHI)
+        # Of weights in NF4, which the backward pass takes for rows with a scale each.
+        nf4 = [w.shape[1] for w in weights if isinstance(w, Quantized) and w.kind == "nf4"]
+        self.inverses = max(nf4, default=0) if self.in_int8 and factor == 2 else 0
         self.gate_up, self.down = WeightWords(block.gate_up_E2IH), WeightWords(block.down_EHI)
         self.tokens, self.scale = RowAddresses(block.tokens_N), RowAddresses(block.scale_N)
         self.preact, self.dscale = RowAddresses(block.preact_N2I), RowAddresses(block.dscale_N)
@@ -230,18 +234,25 @@ class Table:
             rows = max(sum(s.rows for s in batch) for batch in work)
             rooms = Int8Room(rows, max(columns, factor * max(widths))), Int8Room(rows, columns)
             self.rooms = list(rooms[:factor])
+        inverses = max((sum(self.words_of(s).inverses for s in batch) for batch in work), default=0)
+        self.inverses = torch.empty(inverses)
+
+    def words_of(self, s: Segment) -> BlockWords:
+        return self.words[id(s.group.block)]
 
     def of(self, batch: list[Segment]) -> Tensor:
         # torch.tensor takes twice as long over a list of rows.
         flat = array("q")
-        row = 0
+        row = inverse = 0
         for s in batch:
-            words = self.words[id(s.group.block)]
+            words = self.words_of(s)
             flat.extend(words[s])
             rooms = self.rooms if words.in_int8 else []
             flat.extend(address for room in rooms for address in room[row])
             flat.extend([0] * (4 - 2 * len(rooms)))
+            flat.append(self.inverses.data_ptr() + 4 * inverse if words.inverses else 0)
             row += s.rows
+            inverse += words.inverses
         return torch.frombuffer(flat, dtype=torch.int64).view(len(batch), -1)
 
 
