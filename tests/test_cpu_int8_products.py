@@ -39,16 +39,17 @@ def rounded(rows: torch.Tensor) -> torch.Tensor:
 
 
 def as_int8(weight: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a weight is multiplied as: codes [R, C] float64 and the scales [R] of its rows. Of nf4: its largest
-    scale over 127, and its levels in whole numbers of that.
+    """What a weight is multiplied as: codes [R, C] float64 and the scales [R] of its rows. Of nf4: a row's
+    largest scale over 127, and levels in whole numbers of that; what a group's are multiplied with is a whole
+    number of sixteenths.
     """
     if weight.kind == "int8":
         return weight.codes.double(), weight.scales.double()
     largest_R1 = weight.scales.float().abs().amax(-1, keepdim=True)
     inverse_R1 = 127 / torch.where(largest_R1 > 0, largest_R1, 1e-30)
     levels = Quantized(weight.codes, torch.ones_like(weight.scales), weight.columns).dequantize().double()
-    factors = (weight.scales.float() * inverse_R1).double().repeat_interleave(64, dim=-1)
-    return (levels * factors[:, : weight.columns]).round(), 1 / inverse_R1[:, 0].double()
+    factors = (weight.scales.float() * inverse_R1 * 16).round().double().repeat_interleave(64, dim=-1)
+    return (levels * factors[:, : weight.columns] / 16 + 0.5).floor(), 1 / inverse_R1[:, 0].double()
 
 
 def exact(x_TH, routed, experts, dy_TH):

@@ -40,7 +40,8 @@ bool has_avx512() {
   if (!has_avx2() || (saved_states() & 0xe6) != 0xe6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   const uint32_t needed = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   constexpr uint32_t kBF16 = 1u << 5;
-  return (b & needed) == needed && (c & bit_AVX512VNNI) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBF16);
+  if ((b & needed) != needed || !(c & bit_AVX512VBMI) || !(c & bit_AVX512VNNI)) return false;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBF16);
 }
 
 // The tests define this to run the AMX kernels where the unit is emulated.

@@ -215,7 +215,7 @@ void down_backward(const Segment* segments, int64_t count, int64_t hidden, float
   bool thin = false;
   for (int64_t i = 0; i < count; ++i) thin = thin || PackedCut::is_thin(segments[i]);
   // A slice reads a stretch of every weight row, each on a page of its own: where reading is the bound, a long one.
-  const int64_t most = thin ? 2 * flex::kThinColumns : flex::kSliceColumns;
+  const int64_t most = thin ? flex::kThinColumns : flex::kSliceColumns;
   const int64_t share = pieces(hidden, int64_t{thin ? 1 : 2} * threads * kPanelColumns) * kPanelColumns;
   const int64_t width = even_width(hidden, smaller(most, share), threads, slice_unit(segments, count));
   const auto columns_of = [&](int64_t i, int64_t column, int64_t columns) {
@@ -248,8 +248,9 @@ void down_backward(const Segment* segments, int64_t count, int64_t hidden, float
                    continue;
                  }
                  // Pieces that C has room for, whatever the width of a slice.
-                 for (int64_t start = 0; start < columns; start += flex::kSliceColumns) {
-                   const int64_t some = smaller(flex::kSliceColumns, columns - start), end = start + some;
+                 const int64_t piece = PackedCut::is_thin(s) ? columns : flex::kSliceColumns;
+                 for (int64_t start = 0; start < columns; start += piece) {
+                   const int64_t some = smaller(piece, columns - start), end = start + some;
                    const int64_t ldc = pieces(some, kPanelColumns) * kPanelColumns;
                    const WeightColumns<E> own = columns_of(i, column + start, some);
                    const Area coming = end < columns    ? columns_of(i, column + end, columns - end).area(0, 0)

@@ -5,6 +5,8 @@
 // another. Sums of a group of elements are exact integers; groups are added up in float32.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/kernels.h"
 #include "cpu/int8_rows.h"
 #include "cpu/int8_few.h"
@@ -19,33 +21,77 @@ constexpr int kInt8Rows = 12;  // rows at a time: 24 vectors of sums
 // Words of a tile: word w of column j at w * columns + j, its four codes from low to high.
 using Int8Tile = float[kTileCodes / 4 * kPanelCodes];
 
+// Factors of a product with NF4. Of a panel of rows: those of a block's groups, a quad of rows at a time. Of columns:
+// those of all columns' groups, a quad of a block's rows at a time and without gaps, as there are many.
+struct Factors {
+  static constexpr int64_t kColumnGroups = flex::kThinColumns / kGroupCodes;
+  static_assert(kBlockCodes <= kFactorGroups * kGroupCodes && kColumnGroups <= kFactorGroups, "room");
+  static_assert(flex::kSliceColumns <= flex::kThinColumns, "room for the columns of every product");
+  union {
+    QuadFactors of_rows[kPanelCodes / kQuad];
+    int16_t of_columns[kBlockCodes / kQuad][kColumnGroups][kQuad];
+  };
+
+  template <class E>
+  void find_of_rows(const Weight<E>& weight, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+    for (int64_t i = 0; i < rows; i += kQuad)
+      of_rows[i / kQuad].find(weight, row + i, smaller(kQuad, rows - i), column, pieces(columns, kGroupCodes));
+  }
+  template <class E>
+  void find_of_columns(const Weight<E>& weight, int64_t row, int64_t rows, int64_t columns) {
+    const int64_t groups = pieces(columns, kGroupCodes);
+    for (int64_t i = 0; i < rows; i += kQuad) {
+      QuadFactors quad;
+      quad.find(weight, row + i, smaller(kQuad, rows - i), 0, groups);
+      for (int64_t g = 0; g < groups; g += 2)
+        std::memcpy(of_columns[i / kQuad][g], quad.at(g), 2 * sizeof of_columns[0][0]);
+    }
+  }
+};
+
 // A tile whose columns are `columns` rows of the weight from `row` on, elements [k0, k0 + length) of each.
+// `first_group`: of the factors.
 template <bool kNf4, class E>
 void pack_rows_of_codes(const Weight<E>& weight, int64_t row, int64_t columns, int64_t k0, int64_t length, int vectors,
-                        float* tile) {
+                        const Factors* factors, int64_t first_group, float* tile) {
   for (int v = 0; v < vectors; ++v)
     for (int64_t k = 0; k < length; k += 64) {
-      __m512i r[16];
-      for (int64_t i = 0; i < 16; ++i) {
+      __m512i r[16], tables = _mm512_setzero_si512();
+      for (int i = 0; i < 16; ++i) {
         const int64_t column = v * 16 + i;
-        r[i] = column < columns ? row_codes<kNf4>(weight, row + column, k0 + k, length - k) : _mm512_setzero_si512();
+        if (column >= columns) {
+          r[i] = _mm512_setzero_si512();
+        } else if (kNf4) {
+          if (i % kQuad == 0) tables = tables_of_quad(factors->of_rows[column / kQuad].at(first_group + k / kGroupCodes));
+          r[i] = group_of_row(weight.byte(row + column, k0 + k), length - k, i % kQuad, tables);
+        } else {
+          r[i] = unsigned_codes(weight.byte(row + column, k0 + k), length - k);
+        }
       }
       transpose(r);
       for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(tile + ((k / 4 + i) * vectors + v) * 16, r[i]);
     }
 }
 
-// A tile whose columns are `columns` columns of the weight from `column` on, its rows [k0, k0 + length).
+// A tile whose columns are `columns` columns of the weight from `column` on, its rows [k0, k0 + length). `first_quad`:
+// of the factors.
 template <bool kNf4, class E>
 void pack_columns_of_codes(const Weight<E>& weight, int64_t column, int64_t columns, int64_t k0, int64_t length,
-                           int vectors, float* tile) {
-  for (int64_t k = 0; k < length; k += 4, tile += vectors * 16) {
-    __m512i r[4];
-    for (int64_t i = 0; i < 4; ++i)
-      r[i] = k + i < length ? row_codes<kNf4>(weight, k0 + k + i, column, columns) : _mm512_setzero_si512();
+                           int vectors, const Factors* factors, int64_t first_quad, float* tile) {
+  for (int64_t k = 0; k < length; k += kQuad, tile += vectors * 16) {
     V words[4];
-    words_of_rows(r, words);
-    in_order(words);
+    if (kNf4) {
+      // Rows that are not there meet zeros.
+      const auto row_at = [&](int i) { return weight.byte(k0 + k + (k + i < length ? i : 0), column); };
+      const auto& quad = factors->of_columns[first_quad + k / kQuad];
+      words_of_quad(row_at, columns, tables_of_quad(quad[column / kGroupCodes]), words);
+    } else {
+      __m512i r[kQuad];
+      for (int64_t i = 0; i < kQuad; ++i)
+        r[i] = k + i < length ? unsigned_codes(weight.byte(k0 + k + i, column), columns) : _mm512_setzero_si512();
+      words_of_rows(r, words);
+    }
+    in_order<kNf4>(words);
     for (int v = 0; v < vectors; ++v) Float32::store(tile + v * W, words[v]);
   }
 }
@@ -120,9 +166,10 @@ void int8_product_of(const Int8Operand& a, int64_t first_row, int64_t rows, cons
                      float* c, int64_t ldc, const Workspace& work, const Area& coming) {
   if (rows <= kFewInt8Rows) {
     if (kReduceRows) return few_rows_product<kNf4>(a, first_row, rows, weight, columns, c, ldc);
-    return few_columns_product<kNf4>(a, first_row, rows, weight, columns, c, ldc);
+    return few_columns_product<kNf4>(a, first_row, rows, weight, columns, c, ldc, coming);
   }
   alignas(64) Int8Tile tile;
+  alignas(64) Factors factors;
   int32_t start[kBlockRows][kStarts];
   float* words = work.a;
   // Which of the even groups of rows begins with row r.
@@ -136,8 +183,10 @@ void int8_product_of(const Int8Operand& a, int64_t first_row, int64_t rows, cons
     evenly(rows, kInt8Rows, [&](int64_t r, int64_t several) {
       pack_operand(a, first_row + r, several, block, count, words + group_of(r) * count * W, start + r);
     });
+    if (kNf4 && !kReduceRows) factors.find_of_columns(weight, block, stretch, columns);
     for (int64_t j = 0; j < columns; j += kPanelCodes) {
       const int64_t some = smaller(kPanelCodes, columns - j);
+      if (kNf4 && kReduceRows) factors.find_of_rows(weight, j, some, block, stretch);
       const int vectors = some > 2 * W ? 4 : 2;
       for (int64_t k = 0; k < stretch; k += kTileCodes) {
         const int64_t k0 = block + k, length = smaller(kTileCodes, stretch - k);
@@ -147,9 +196,9 @@ void int8_product_of(const Int8Operand& a, int64_t first_row, int64_t rows, cons
                                                 : coming,
                     pieces(rows, kInt8Rows) * pieces(length, 4) * vectors / 2);
         if (kReduceRows)
-          pack_rows_of_codes<kNf4>(weight, j, some, k0, length, vectors, tile);
+          pack_rows_of_codes<kNf4>(weight, j, some, k0, length, vectors, &factors, k / kGroupCodes, tile);
         else
-          pack_columns_of_codes<kNf4>(weight, j, some, k0, length, vectors, tile);
+          pack_columns_of_codes<kNf4>(weight, j, some, k0, length, vectors, &factors, k / kQuad, tile);
         for (int v = 0; v < vectors; v += 2)
           evenly(rows, kInt8Rows, [&](int64_t r, int64_t several) {
             const auto run = int8_tile_product_of(several);
