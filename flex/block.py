@@ -9,7 +9,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from flex.models.base import check_shared
 from flex.personal import PersonalCopy, PersonalLoRA
 from flex_kernels import Routed, Router, Shared, checkpoint_contexts, flex_moe
 from flex_kernels.types import Mix, Save
+
+# Of a grafted layer: what flex_kernels.flex_moe takes, or "auto".
+LayerSave = Literal["auto", "recompute", "preact"]
 
 
 class GraftedBlock(nn.Module):
@@ -32,7 +35,9 @@ class GraftedBlock(nn.Module):
     Args:
         original: the pretrained block.
         adapter: of its architecture.
-        mix, save, backend: as in :func:`flex_kernels.flex_moe`.
+        mix, backend: as in :func:`flex_kernels.flex_moe`.
+        save: as there, or "auto": "preact" in a layer that gradient checkpointing runs again, which keeps
+            them from that replay to the backward pass right behind it, one layer at a time; else "recompute".
 
     Attributes:
         personal: the client's expert and gate, or None: then the block is the pretrained one.
@@ -46,7 +51,7 @@ class GraftedBlock(nn.Module):
         original: nn.Module,
         adapter: Adapter,
         mix: Mix = "add",
-        save: Save = "recompute",
+        save: LayerSave = "auto",
         backend: str = "auto",
     ):
         super().__init__()
@@ -58,7 +63,7 @@ class GraftedBlock(nn.Module):
             self.register_buffer(name, buffer, persistent=name not in original._non_persistent_buffers_set)
         self.adapter = adapter
         self.mix: Mix = mix
-        self.save: Save = save
+        self.save: LayerSave = save
         self.backend = backend
         self.shut = False
         self._gradient_checkpointing_func: Any = None
@@ -92,9 +97,15 @@ class GraftedBlock(nn.Module):
             self.personal.record_over(experts) if open_ else None,  # type: ignore[union-attr]
             self.shared(),
             self.mix,
-            self.save,
+            self.kept(),
             self.backend,
         )
+
+    def kept(self) -> Save:
+        """What backward keeps of the next call."""
+        if self.save != "auto":
+            return self.save
+        return "preact" if self.gradient_checkpointing and self.training else "recompute"
 
     def route(self, x: Tensor) -> Router | Routed:
         return self.adapter.route(self, x.reshape(-1, x.shape[-1]))
@@ -163,6 +174,17 @@ def keep_routing_on_replay(function: Any) -> None:
         "use_reentrant=True",
         stacklevel=2,
     )
+
+
+def pass_checkpointing_on(model: nn.Module) -> None:
+    """Tell the grafted blocks of checkpointing that was switched on before they were there."""
+    blocks = list(grafted_blocks(model).values())
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False) and not isinstance(module, GraftedBlock):
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            keep_routing_on_replay(function)
+            for block in blocks:
+                block._gradient_checkpointing_func, block._checkpointing = function, True
 
 
 def grafted_blocks(model: nn.Module) -> dict[str, GraftedBlock]:

@@ -91,7 +91,7 @@ class Model(Table):
     )
     int8_products: bool = setting(
         False,
-        "with experts='int8': also round what they meet to int8, where the CPU is faster so",
+        "with quantised experts: also round what they meet to int8, where the CPU is faster so",
     )
     experts_implementation: str = setting(
         "flex_kernels",
@@ -181,7 +181,7 @@ class Personal(Table):
     kind: str = setting("full", "train the personal expert whole, or through LoRA", choices=("full", "lora"))
     rank: int = setting(16, "of the personal LoRA", low=1)
     mix: str = setting("add", "y = r + g E_p(x), or (1-g) r + g E_p(x)", choices=("add", "convex"))
-    save: str = setting("recompute", "what backward keeps", choices=("recompute", "preact"))
+    save: str = setting("auto", "what backward keeps", choices=("auto", "recompute", "preact"))
     selection_rows: int = setting(64, "a client's rows used to choose the expert to copy", low=1)
 
 
@@ -244,9 +244,9 @@ class Config:
         data, model, training = self.data, self.model, self.training
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", model.device):
             raise ConfigError(f"model.device={model.device!r} is not one of 'auto', 'cpu', 'cuda', 'cuda:N'")
-        if model.int8_products and model.experts != "int8":
+        if model.int8_products and not model.experts:
             raise ConfigError(
-                "model.int8_products=true goes with model.experts='int8', "
+                "model.int8_products=true goes with model.experts='int8' or 'nf4', "
                 f"got model.experts={model.experts!r}"
             )
         if model.experts and model.experts_implementation != "flex_kernels":

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from flex.block import GraftedBlock, grafted_blocks, keep_routing_on_replay
+from flex.block import GraftedBlock, LayerSave, grafted_blocks, pass_checkpointing_on
 from flex.hf_quantizer import refuse_save_pretrained
 from flex.importance import Importance, check_importance
 from flex.models import find_blocks
@@ -28,7 +28,7 @@ from flex.select import Batch, Selection, select_experts
 from flex_kernels.check import DTYPES, check_option
 from flex_kernels.dispatch import resolve_backend
 from flex_kernels.quantize import Kind
-from flex_kernels.types import Mix, Save
+from flex_kernels.types import Mix
 
 PersonalKind = Literal["full", "lora"]
 
@@ -84,7 +84,7 @@ def graft(
     calibration: Iterable[Batch] | None = None,
     *,
     mix: Mix = "add",
-    save: Save = "recompute",
+    save: LayerSave = "auto",
     backend: str = "auto",
     personal: PersonalKind | None = "full",
     rank: int = 16,
@@ -107,7 +107,9 @@ def graft(
             The experts are chosen before they are quantised: the question is which of them reproduces the
             pretrained layer, and rounding should not answer it. A model whose experts were loaded quantised
             has no others to choose by.
-        mix, save, backend: of the layer, see :func:`flex_kernels.flex_moe`.
+        mix, backend: of the layer, see :func:`flex_kernels.flex_moe`.
+        save: of the layer, see there; "auto" keeps pre-activations where gradient checkpointing runs the
+            layer again, so that backward need not compute them once more, and recomputes them elsewhere.
         personal: "full" trains a whole copy of the expert, "lora" low-rank changes to it; None grafts the
             fused layer alone.
         rank, alpha: of the low-rank matrices with ``personal="lora"``.
@@ -137,7 +139,7 @@ def graft(
             "flex.personalize(model, selection) restarts its personal experts"
         )
     check_option("mix", mix, ("add", "convex"))
-    check_option("save", save, ("recompute", "preact"))
+    check_option("save", save, ("auto", "recompute", "preact"))
     if personal is not None:
         check_option("personal", personal, ("full", "lora"))
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -178,10 +180,7 @@ def graft(
             else:
                 grafted.personal = PersonalLoRA(frozen, expert, row, personal_dtype, rank, alpha, generator)
         model.set_submodule(name, grafted)
-    for module in model.modules():
-        # Checkpointing that was switched on before.
-        if getattr(module, "gradient_checkpointing", False) and not isinstance(module, GraftedBlock):
-            keep_routing_on_replay(getattr(module, "_gradient_checkpointing_func", None))
+    pass_checkpointing_on(model)
     if experts is not None:
         refuse_save_pretrained(model, experts)
     return GraftReport(

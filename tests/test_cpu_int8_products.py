@@ -62,11 +62,15 @@ def exact(x_TH, routed, experts, dy_TH):
         t, k = (routed.ids == e).nonzero(as_tuple=True)
         if not len(t):
             continue
-        (gate_up, gate_up_scale), (down, down_scale) = (as_int8(w[e]) for w in (experts.gate_up, experts.down))
+        (gate_up, gate_up_scale), (down, down_scale) = (
+            as_int8(w[e]) for w in (experts.gate_up, experts.down)
+        )
         gate, up = (rounded(x_TH[t]) @ gate_up.t() * gate_up_scale).chunk(2, dim=1)
         sig = torch.sigmoid(gate)
         a = gate * sig * up
-        y_TH.index_add_(0, t, weights_TK[t, k, None] * (rounded(a.to(dtype).double()) @ down.t() * down_scale))
+        y_TH.index_add_(
+            0, t, weights_TK[t, k, None] * (rounded(a.to(dtype).double()) @ down.t() * down_scale)
+        )
         da = rounded(dy_TH[t] * down_scale) @ down
         dweights_TK[t, k] = (da * a).sum(1)
         dgate = da * up * sig * (1 + gate * (1 - sig))

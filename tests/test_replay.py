@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import tiny, tokens
 
-from flex.block import GraftedBlock
+from flex.block import GraftedBlock, grafted_blocks
 from flex.grafting import graft
 from flex_kernels import checkpoint_contexts, reference
 
@@ -99,3 +99,31 @@ def test_plain_checkpointing_changes_no_gradient():
     for (name, p), q in zip(plain.named_parameters(), saving.parameters()):
         if p.requires_grad:
             assert torch.equal(p.grad, q.grad), name
+
+
+def kept(model):
+    return {block.kept() for block in grafted_blocks(model).values()}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["enabled before", "enabled after"])
+def test_checkpointed_layers_keep_what_their_replay_computes(before):
+    model = tiny("mixtral")
+    if before:
+        model.gradient_checkpointing_enable()
+    graft(model, start=[1, 1], backend="reference")
+    model.train()
+    assert kept(model) == {"preact" if before else "recompute"}
+    model.gradient_checkpointing_enable()
+    assert kept(model) == {"preact"}
+    # Outside of training nothing is replayed.
+    assert kept(model.eval()) == {"recompute"}
+    model.train().gradient_checkpointing_disable()
+    assert kept(model) == {"recompute"}
+
+
+@pytest.mark.parametrize("save", ["recompute", "preact"])
+def test_what_is_asked_to_be_kept_is_kept(save):
+    model = grafted(save=save)
+    assert kept(model) == {save}
+    model.gradient_checkpointing_enable()
+    assert kept(model) == {save}

@@ -178,9 +178,7 @@ class Int8Room:
 def in_int8(block: Block) -> bool:
     """Whether the kernels multiply this block's codes with rows rounded to int8."""
     weights = (block.gate_up_E2IH, block.down_EHI)
-    return ops.int8_products() and all(
-        isinstance(w, Quantized) and w.scales.stride(-1) == 1 for w in weights
-    )
+    return ops.int8_products() and all(isinstance(w, Quantized) and w.scales.stride(-1) == 1 for w in weights)
 
 
 class BlockWords:
