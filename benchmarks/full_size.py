@@ -8,6 +8,9 @@ weights, drawn tensor by tensor as the loader asks for them, quantised and let g
 reads checkpoints. It is grafted (LoRA on attention, a personal expert and a gate a layer) and trained with
 the client's own code. Peak: the process's resident high-water mark (VmHWM), import of torch included.
 
+Where the processor multiplies int8, the same steps follow once more with int8 products allowed
+(flex_kernels.allow_int8_products).
+
 Memory by part is counted from the tensors; gradients and AdamW's two moments are those of the trained
 parameters, in float32. "the rest" is the peak of training less all of them: the interpreter and its
 libraries, activations, scratch.
@@ -28,8 +31,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import machine, median
+from flex.client import LocalResult, train_locally
 from flex.config import Training
 from flex.memory import PeakMemory, give_back_freed
+from flex_kernels import allow_int8_products
+from flex_kernels.cpu import ops
 from flex_kernels.quantize import KINDS, Kind
 
 DTYPE = torch.bfloat16
@@ -185,14 +191,29 @@ def part_of(name: str) -> str:
     return "routers and norms"
 
 
+def train(model: Any, size: Size) -> tuple[LocalResult, list[float]]:
+    """A client's steps, and the seconds of each."""
+    ends = [time.perf_counter()]
+    training = Training(batch_size=size.rows, local_steps=size.steps, rows_per_pass=1)
+    result = train_locally(
+        model, batches(size), training, on_step=lambda tokens, loss: ends.append(time.perf_counter())
+    )
+    return result, [after - start for start, after in pairwise(ends)]
+
+
+def tokens_per_second(size: Size, steps: list[float]) -> float:
+    """By the median step but for the first."""
+    return size.rows * size.tokens / median(steps[1:] or steps)
+
+
 def prove(size: Size, threads: int = 0) -> dict[str, Any]:
     """Makes, grafts and trains in this process; what it took."""
-    from flex.client import train_locally
     from flex.quantized import frozen_weights
 
     if threads:
         torch.set_num_threads(threads)
     seconds: dict[str, float] = {}
+    products: list[float] = []
     peaks: dict[str, int] = {}
     peak, began = PeakMemory(), time.perf_counter()
     before = peak.read()
@@ -207,16 +228,16 @@ def prove(size: Size, threads: int = 0) -> dict[str, Any]:
     seconds["grafting"] = time.perf_counter() - began
     peaks["grafting"] = peak.read()
 
-    ends = [time.perf_counter()]
-    training = Training(batch_size=size.rows, local_steps=size.steps, rows_per_pass=1)
-    result = train_locally(
-        model, batches(size), training, on_step=lambda tokens, loss: ends.append(time.perf_counter())
-    )
+    result, steps = train(model, size)
     peaks["training"] = result.peak_bytes
-    steps = [after - start for start, after in pairwise(ends)]
     seconds["steps"] = sum(steps)
     parts = memory_by_part(model)
     parts["the rest"] = result.peak_bytes - sum(parts.values())
+    allow_int8_products(True)
+    if ops.int8_products():
+        again, products = train(model, size)
+        peaks["training with int8 products"] = again.peak_bytes
+    allow_int8_products(False)
     return {
         "machine": machine(),
         "size": asdict(size),
@@ -228,7 +249,15 @@ def prove(size: Size, threads: int = 0) -> dict[str, Any]:
         "memory_by_part_bytes": parts,
         "seconds_by_phase": seconds,
         "seconds_a_step": steps,
-        "tokens_per_second": size.rows * size.tokens / median(steps[1:] or steps),
+        "tokens_per_second": tokens_per_second(size, steps),
+        "with_int8_products": {
+            "seconds_a_step": products,
+            "tokens_per_second": tokens_per_second(size, products),
+            "loss_before": again.loss_before,
+            "loss_after": again.loss_after,
+        }
+        if products
+        else None,
         "loss_before": result.loss_before,
         "loss_after": result.loss_after,
     }
@@ -242,6 +271,10 @@ def shown(result: dict[str, Any]) -> str:
         *((phase, taken, "s") for phase, taken in result["seconds_by_phase"].items()),
         ("training", result["tokens_per_second"], "tokens/s"),
     ]
+    if result["with_int8_products"]:
+        rows.append(
+            ("training, int8 products", result["with_int8_products"]["tokens_per_second"], "tokens/s")
+        )
     lines = [f"{result['weights']:,} pretrained weights, {result['trained']:,} trained"]
     return "\n".join([*lines, *(f"{name:32} {value:10.3f} {unit}" for name, value, unit in rows)])
 

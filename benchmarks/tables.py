@@ -143,9 +143,11 @@ def full_size_table(result: dict[str, Any]) -> str:
     """The proof of size: memory by part, peak and speed."""
     rows = [[part, f"{held / 2**30:.2f}"] for part, held in result["memory_by_part_bytes"].items()]
     rows.append(["peak of the process", f"{result['peak_bytes'] / 2**30:.2f}"])
+    products = result["with_int8_products"]
+    with_int8 = f", with int8 products {products['tokens_per_second']:.1f}" if products else ""
     return (
         f"{table(['', 'GiB'], rows)}\n\n{result['weights']:,} weights, {result['trained']:,} trained; "
-        f"{result['tokens_per_second']:.1f} tokens/s"
+        f"{result['tokens_per_second']:.1f} tokens/s{with_int8}"
     )
 
 

@@ -15,6 +15,8 @@ from transformers import Qwen2MoeForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.full_size import Drawn, Size, batches, configuration, prove, shown
+from flex_kernels.cpu import ops
+from flex_kernels.precision import int8_products_allowed
 
 TINY = Size(
     layers=2, hidden=128, heads=2, experts=6, width=96, shared_width=160, vocabulary=500, rank=4, tokens=48,
@@ -62,6 +64,15 @@ def test_a_random_model_guesses_and_learns_what_it_is_shown(result):
     assert result["loss_after"] < result["loss_before"]
     assert len(result["seconds_a_step"]) == 2 and result["tokens_per_second"] > 0
     assert "pretrained weights" in shown(result)
+
+
+def test_steps_with_int8_products_follow_where_the_processor_has_them(result):
+    products = result["with_int8_products"]
+    has_them = hasattr(ops.kernels, "multiplies_int8") and ops.kernels.multiplies_int8()
+    assert (products is not None) == has_them and not int8_products_allowed()
+    if products:
+        assert products["loss_after"] < result["loss_after"] and len(products["seconds_a_step"]) == 2
+        assert "int8 products" in shown(result)
 
 
 def test_a_full_personal_expert_is_counted_as_trained():
