@@ -5,13 +5,20 @@ Letters: H hidden, E routed experts, I expert width, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from flex.quantized import compute_dtype
 from flex_kernels import Experts, Personal
 from flex_kernels.modules import PersonalExpert
 from flex_kernels.quantize import Quantized
+
+# Elements of a weight that are widened at a time.
+PIECE = 1 << 19
 
 
 class PersonalCopy(PersonalExpert):
@@ -47,6 +54,50 @@ class PersonalCopy(PersonalExpert):
         self.gate_weight.copy_(gate_weight)
         self.gate_bias.zero_()
         self.expert.fill_(expert)
+
+
+class AdaptedWeight(torch.autograd.Function):
+    """frozen + scale out @ in in ``frozen``'s dtype, summed in float32 and rounded once.
+
+    Args:
+        frozen_AB: [A, B], not differentiated. out_AR: [A, R]. in_RB: [R, B].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, frozen_AB: Tensor, out_AR: Tensor, in_RB: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(out_AR, in_RB)
+        ctx.scale = scale
+        adapted_AB = torch.empty_like(frozen_AB)
+        in_RB = in_RB.float()
+        for rows in row_pieces(frozen_AB):
+            sum_aB = torch.addmm(frozen_AB[rows].float(), out_AR[rows].float(), in_RB, alpha=scale)
+            adapted_AB[rows] = sum_aB
+        return adapted_AB
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_AB: Tensor) -> tuple[Tensor | None, ...]:
+        out_AR, in_RB = ctx.saved_tensors
+        wide_RB = in_RB.float()
+        dout_AR, din_RB = torch.empty_like(out_AR), torch.zeros_like(wide_RB)
+        for rows in row_pieces(grad_AB):
+            grad_aB = grad_AB[rows].float()
+            dout_AR[rows] = (grad_aB @ wide_RB.t()).mul_(ctx.scale)
+            din_RB.addmm_(out_AR[rows].float().t(), grad_aB, alpha=ctx.scale)
+        return None, dout_AR, din_RB.to(in_RB.dtype), None
+
+
+def row_pieces(t_AB: Tensor) -> Iterator[slice]:
+    """Rows of which a float32 copy stays in a core's cache; all of them on a GPU, which pays by the launch."""
+    step = max(1, PIECE // max(1, t_AB.shape[1])) if t_AB.device.type == "cpu" else max(1, t_AB.shape[0])
+    return (slice(start, start + step) for start in range(0, t_AB.shape[0], step))
+
+
+def adapted_weight(frozen_AB: Tensor, out_AR: Tensor, in_RB: Tensor, scale: float) -> Tensor:
+    """:class:`AdaptedWeight`, or an expression that torch.compile sees through."""
+    if torch.compiler.is_compiling():
+        return (frozen_AB + scale * (out_AR @ in_RB)).to(frozen_AB.dtype)
+    return AdaptedWeight.apply(frozen_AB, out_AR, in_RB, scale)
 
 
 class PersonalLoRA(nn.Module):
@@ -139,8 +190,7 @@ class PersonalLoRA(nn.Module):
     def record_over(self, experts: Experts) -> Personal:
         """The layer's argument: the adapted expert, formed over the frozen one of ``experts``."""
         frozen_gate_up, frozen_down = self.frozen(experts)
-        gate_up = frozen_gate_up + self.scale * (self.gate_up_out @ self.gate_up_in)
-        down = frozen_down + self.scale * (self.down_out @ self.down_in)
         # Autograd keeps these two: not in float32 beside bf16 experts.
-        dtype = self.frozen_dtype
-        return Personal(gate_up.to(dtype), down.to(dtype), self.gate_weight, self.gate_bias)
+        gate_up = adapted_weight(frozen_gate_up, self.gate_up_out, self.gate_up_in, self.scale)
+        down = adapted_weight(frozen_down, self.down_out, self.down_in, self.scale)
+        return Personal(gate_up, down, self.gate_weight, self.gate_bias)
