@@ -166,11 +166,15 @@ def dense_layer(layer: Layer, with_personal: bool) -> Callable[[Tensor], Tensor]
 def implementations(
     layer: Layer, with_personal: bool, kinds: Sequence[Kind] = ()
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Every implementation by name; quantised experts of ``kinds`` with save="preact", int8 ones also
-    multiplied in int8."""
-    quantized = {f"flex {kind}": flex_layer(layer, "preact", with_personal, kind) for kind in kinds}
-    if "int8" in kinds:
-        quantized["flex int8 products"] = flex_layer(layer, "preact", with_personal, "int8", True)
+    """Every implementation by name; quantised experts of ``kinds`` with save="preact", also multiplied in
+    int8 ("products")."""
+    quantized = {
+        f"flex {kind}{' products' if products else ''}": flex_layer(
+            layer, "preact", with_personal, kind, products
+        )
+        for products in (False, True)
+        for kind in kinds
+    }
     return {
         "flex recompute": flex_layer(layer, "recompute", with_personal),
         "flex preact": flex_layer(layer, "preact", with_personal),

@@ -9,9 +9,9 @@ layer and for the same routing: what rounding alone does there. Perplexity: on t
 model's conversion, in bfloat16, every model on the same kernels; and the Kullback-Leibler divergence of a
 token's distribution from the bfloat16 model's, which differs less from one rounding to the next like it.
 "nf4 calibrated" knows the importance of columns (flex.column_importance) from texts that are not held out,
-"nf4 gptq" is rounded with error feedback on the same texts (flex.gptq). "int8 products" are int8 experts
-whose inputs and gradients are rounded to int8 too (flex_kernels.allow_int8_products), on processors that
-use it.
+"nf4 gptq" is rounded with error feedback on the same texts (flex.gptq). "int8 products" and "nf4 products"
+are experts whose inputs and gradients are rounded to int8 too (flex_kernels.allow_int8_products), on
+processors that use it.
 Federation: FLEx as the demo runs it, the mean held-out loss of an answer token before and after.
 
 Numbers, not times: they do not depend on what else the machine does. The file is written after every part,
@@ -45,7 +45,7 @@ from flex_kernels.quantize import KINDS, Kind
 
 PRECISIONS: tuple[Kind | None, ...] = (None, *KINDS)
 CALIBRATED, FEEDBACK = "nf4 calibrated", "nf4 gptq"
-PRODUCTS = "int8 products"
+PRODUCTS: dict[str, Kind] = {f"{kind} products": kind for kind in KINDS}
 # A layer's name and its experts in float32 -> the experts rounded.
 Rounding = Callable[[str, Experts], Experts]
 DTYPE = torch.bfloat16
@@ -58,7 +58,7 @@ def name_of(experts: Kind | None) -> str:
 @contextmanager
 def products_of(kind: str) -> Iterator[None]:
     """int8 products within the block for the kind that is named after them."""
-    allow_int8_products(kind == PRODUCTS)
+    allow_int8_products(kind in PRODUCTS)
     try:
         yield
     finally:
@@ -66,7 +66,7 @@ def products_of(kind: str) -> Iterator[None]:
 
 
 def multiplies_int8() -> bool:
-    with products_of(PRODUCTS):
+    with products_of(next(iter(PRODUCTS))):
         return ops.int8_products()
 
 
@@ -198,7 +198,7 @@ def federation_config(
 
     settings = DemoSettings(folder, path, rounds=rounds, threads=threads, experts=experts or "")
     config = demo_config(settings, "flex")
-    name = PRODUCTS if int8_products else name_of(experts)
+    name = f"{experts} products" if int8_products else name_of(experts)
     return replace(
         config,
         model=replace(config.model, int8_products=int8_products),
@@ -251,7 +251,7 @@ def measure(
     model = flex_load(path)
     roundings = dict(PLAIN_ROUNDINGS)
     if multiplies_int8():
-        roundings[PRODUCTS] = nearest("int8")
+        roundings |= {name: nearest(kind) for name, kind in PRODUCTS.items()}
     if calibration:
         importance = flex.column_importance(model, calibration)
         roundings |= {
@@ -268,9 +268,8 @@ def measure(
     for experts in PRECISIONS:
         add("models", name_of(experts), partial(perplexities, path, partial(flex_load, path, experts), texts))
     if multiplies_int8():
-        add(
-            "models", PRODUCTS, partial(perplexities, path, partial(flex_load, path, "int8"), texts, PRODUCTS)
-        )
+        for name, kind in PRODUCTS.items():
+            add("models", name, partial(perplexities, path, partial(flex_load, path, kind), texts, name))
     if calibration:
         add(
             "models",
@@ -319,9 +318,10 @@ def main() -> None:
         for experts in PRECISIONS
     }
     if multiplies_int8():
-        configs[PRODUCTS] = federation_config(
-            path, "int8", arguments.runs, arguments.rounds, arguments.threads, int8_products=True
-        )
+        for name, kind in PRODUCTS.items():
+            configs[name] = federation_config(
+                path, kind, arguments.runs, arguments.rounds, arguments.threads, int8_products=True
+            )
     texts = held_out_ids(tokenizer, None)
     measure(path, arguments.out, texts, configs, arguments.threads, calibration_ids(tokenizer))
 

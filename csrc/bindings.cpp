@@ -11,6 +11,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
+#include "cpu/table.h"
 
 namespace py = pybind11;
 
@@ -56,6 +57,8 @@ PYBIND11_MODULE(_cpu_ops, m) {
     return names;
   }, "The instruction sets that can run here, best first.");
   m.attr("SEGMENT_WORDS") = sizeof(Segment) / sizeof(int64_t);
+  m.attr("BLOCK_WORDS") = sizeof(flex::SegmentBlock) / sizeof(int64_t);
+  m.attr("PIECE_WORDS") = sizeof(flex::Piece) / sizeof(int64_t);
   m.attr("NF4_LEVELS") = std::vector<float>(flex::kNf4Levels, flex::kNf4Levels + 16);
   m.attr("GROUP_COLUMNS") = flex::kGroupColumns;
   m.attr("PARTIAL_COLUMNS") = flex::kPartialColumns;
@@ -99,6 +102,9 @@ PYBIND11_MODULE(_cpu_ops, m) {
                           columns, threads);
   }, Unlocked());
 
+  m.def("lay_out_segments", [](Address blocks, Address pieces, int64_t count, Address out) {
+    flex::lay_out_segments(at<flex::SegmentBlock>(blocks), at<flex::Piece>(pieces), count, at<Segment>(out));
+  });
   m.def("up", [](int dtype, Address x, int64_t hidden, Address segments, int64_t count, Address scratch,
                  int64_t bytes, int threads) {
     need_fused();

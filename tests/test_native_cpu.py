@@ -4,6 +4,7 @@ float64.
 Letters: T tokens, H hidden, E experts, K chosen, I expert width, N = T*K rows, n rows of one block.
 """
 
+from array import array
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,29 @@ def test_a_tensor_of_the_wrong_shape_dtype_or_layout_never_reaches_a_kernel():
         native.gather_rows(z, torch.zeros(2, dtype=torch.int64), torch.empty(2, 6))
     with pytest.raises(ValueError, match="top_k=7"):
         native.choose(z, 6, None, 7, False, "softmax", 1.0)
+
+
+def test_segments_are_laid_out_from_their_blocks():
+    plain = [1000, 10, 64, 0, 0, 0, 0, 2000, 20, 32, 0, 0, 0, 0, 5]  # both weights and the width
+    plain += [3000, 4, 4000, 4, 0, 0, 5000, 4, 6000, 2, 0, 0]  # tokens, scale, no preact, dscale, hidden
+    plain += [0] * 10
+    codes = [1100, 11, 64, 1500, 7, 3, 2, 2100, 21, 32, 2500, 8, 1, 2, 6]
+    codes += [3100, 4, 4100, 4, 4500, 24, 5100, 4, 6100, 2, 7100, 2]
+    codes += [8000, 128, 8500, 64, 9000, 4, 9500, 8, 9900, 3]
+    blocks = array("q", plain + codes)
+    # block, expert, first row, rows, elements of hidden rows before
+    pieces = array("q", [1, 2, 10, 4, 0, 0, 1, 5, 3, 24, 1, 0, 20, 1, 39])
+    table = native.lay_out_segments(blocks, pieces).tolist()
+    assert table == [
+        [1122, 64, 1514, 3, 2, 2142, 32, 2516, 1, 2, 6, 4, 3140, 4140, 6100, 4740, 5140, 7100]
+        + [8000, 9000, 8500, 9500, 9900],
+        [1010, 64, 0, 0, 0, 2020, 32, 0, 0, 0, 5, 3, 3020, 4020, 6048, 0, 5020, 0, 0, 0, 0, 0, 0],
+        # Rooms of a batch: seven rows and three inverses are before it.
+        [1100, 64, 1500, 3, 2, 2100, 32, 2500, 1, 2, 6, 1, 3180, 4180, 6178, 4980, 5180, 7178]
+        + [8896, 9028, 8948, 9556, 9912],
+    ]
+    with pytest.raises(ValueError, match="pieces and blocks must be of 5 and 37 words each, got 15 and 36"):
+        native.lay_out_segments(blocks[:36], pieces)
 
 
 def flags_of_memory_at(address: int) -> list[str]:

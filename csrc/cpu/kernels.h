@@ -18,8 +18,8 @@ constexpr float kNf4Levels[16] = {-1.0f,       -0.6953125f, -0.5234375f, -0.3945
                                   -0.0908203125f, 0.0f,     0.07958984375f, 0.1611328125f, 0.24609375f, 0.337890625f,
                                   0.44140625f, 0.5625f,     0.72265625f, 1.0f};
 
-// One expert and the rows it serves: y[tokens[n]] += scale[n] * E(x[tokens[n]]). Twenty-three int64 words, so that
-// Python can lay out an array of them as an integer matrix. Addresses that a function does not need may be 0.
+// One expert and the rows it serves: y[tokens[n]] += scale[n] * E(x[tokens[n]]). All words are int64 (table.h lays
+// them out). Addresses that a function does not need may be 0.
 struct Segment {
   int64_t gate_up;     // [2I, H] address, gate rows first
   int64_t gate_up_ld;  // elements between rows; bytes for codes

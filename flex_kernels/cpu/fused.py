@@ -136,32 +136,6 @@ def make_scratch(groups: list[Group], hidden: int, factor: int) -> Any:
     return ops.kernels.Scratch(longest, max(rows, default=0))
 
 
-class RowAddresses:
-    """Addresses of ``t[row]``, 0 for None or nothing; read once from a tensor that has a hundred rows to ask
-    for.
-    """
-
-    def __init__(self, t: Tensor | None):
-        self.first = 0 if t is None or not t.numel() else t.data_ptr()
-        self.step = 0 if t is None or not self.first else t.stride(0) * t.element_size()
-
-    def __getitem__(self, row: int) -> int:
-        return self.first + row * self.step
-
-
-class WeightWords:
-    """Address, stride, address and stride of the scales, and kind of an expert, as ``Segment`` lists them."""
-
-    def __init__(self, weight: Tensor | Quantized):
-        matrix, scales = matrix_of(weight), weight.scales if isinstance(weight, Quantized) else None
-        self.matrix, self.scales = RowAddresses(matrix), RowAddresses(scales)
-        self.stride, self.scales_stride = matrix.stride(1), 0 if scales is None else scales.stride(1)
-        self.kind = KINDS.index(weight.kind) + 1 if isinstance(weight, Quantized) else 0
-
-    def __getitem__(self, expert: int) -> tuple[int, ...]:
-        return self.matrix[expert], self.stride, self.scales[expert], self.scales_stride, self.kind
-
-
 class Int8Room:
     """Where the kernels leave rows of up to ``columns`` elements rounded to int8, and their scales."""
 
@@ -170,10 +144,6 @@ class Int8Room:
         self.codes = torch.empty(rows, -(-columns // unit) * unit, dtype=torch.int8)
         self.scales = torch.empty(rows, -(-columns // group))
 
-    def __getitem__(self, row: int) -> tuple[int, int]:
-        codes, scales = self.codes, self.scales
-        return codes.data_ptr() + row * codes.stride(0), scales.data_ptr() + 4 * row * scales.stride(0)
-
 
 def in_int8(block: Block) -> bool:
     """Whether the kernels multiply this block's codes with rows rounded to int8."""
@@ -181,41 +151,32 @@ def in_int8(block: Block) -> bool:
     return ops.int8_products() and all(isinstance(w, Quantized) and w.scales.stride(-1) == 1 for w in weights)
 
 
-class BlockWords:
-    """Rows of the kernels' table for the segments of one block, in the order of ``Segment`` in
-    csrc/cpu/kernels.h.
+def rows_of(t: Tensor | None) -> tuple[int, int]:
+    """Address of the first row of ``t`` and bytes between rows, as ``Rows`` in csrc/cpu/table.h; 0 for None
+    or nothing.
     """
+    if t is None or not t.numel():
+        return 0, 0
+    return t.data_ptr(), t.stride(0) * t.element_size()
 
-    def __init__(self, block: Block, hidden: Tensor, factor: int, scaled: Tensor | None):
-        self.in_int8 = in_int8(block)
-        weights = (block.gate_up_E2IH, block.down_EHI)
-        # Of weights in NF4, which the backward pass takes for rows with a scale each.
-        nf4 = [w.shape[1] for w in weights if isinstance(w, Quantized) and w.kind == "nf4"]
-        self.inverses = max(nf4, default=0) if self.in_int8 and factor == 2 else 0
-        self.gate_up, self.down = WeightWords(block.gate_up_E2IH), WeightWords(block.down_EHI)
-        self.tokens, self.scale = RowAddresses(block.tokens_N), RowAddresses(block.scale_N)
-        self.preact, self.dscale = RowAddresses(block.preact_N2I), RowAddresses(block.dscale_N)
-        self.hidden, self.hidden_step = hidden.data_ptr(), factor * hidden.element_size()
-        self.scaled = RowAddresses(None if block.ddown_EHI is None else scaled)
 
-    def __getitem__(self, s: Segment) -> tuple[int, ...]:
-        expert, row = s.group.expert, s.group.first + s.start
-        return (
-            *self.gate_up[expert],
-            *self.down[expert],
-            s.width,
-            s.rows,
-            self.tokens[row],
-            self.scale[row],
-            self.hidden + s.at * self.hidden_step,
-            self.preact[row],
-            self.dscale[row],
-            self.scaled[s.at],
-        )
+def stack_of(weight: Tensor | Quantized) -> tuple[int, ...]:
+    """A stack of weights in the order of ``Stack`` in csrc/cpu/table.h."""
+    matrix = matrix_of(weight)
+    if not isinstance(weight, Quantized):
+        return *rows_of(matrix), matrix.stride(1), 0, 0, 0, 0
+    scales, kind = weight.scales, KINDS.index(weight.kind) + 1
+    return *rows_of(matrix), matrix.stride(1), *rows_of(scales), scales.stride(1), kind
+
+
+def inverses_of(block: Block) -> int:
+    """Rows of the larger of the weights in NF4, which the backward pass takes for rows with a scale each."""
+    weights = (block.gate_up_E2IH, block.down_EHI)
+    return max((w.shape[1] for w in weights if isinstance(w, Quantized) and w.kind == "nf4"), default=0)
 
 
 class Table:
-    """Makes the kernels' tables of a call: a row a segment.
+    """Lays out the kernels' tables of a call: a row a segment.
 
     Args:
         columns: elements of a row of x. factor: 1 for the forward pass, 2 for the backward pass.
@@ -224,34 +185,45 @@ class Table:
     def __init__(
         self, work: list[list[Segment]], columns: int, hidden: Tensor, factor: int, scaled: Tensor | None
     ):
-        blocks = {id(s.group.block): s.group.block for batch in work for s in batch}
-        self.words = {name: BlockWords(block, hidden, factor, scaled) for name, block in blocks.items()}
+        blocks = list({id(s.group.block): s.group.block for batch in work for s in batch}.values())
+        self.index = {id(block): i for i, block in enumerate(blocks)}
+        multiplied = {id(block): block for block in blocks if in_int8(block)}
         self.rooms: list[Int8Room] = []
-        widths = [block.down_EHI.shape[2] for name, block in blocks.items() if self.words[name].in_int8]
-        if widths:
+        self.inverses = torch.empty(0)
+        if multiplied:
             rows = max(sum(s.rows for s in batch) for batch in work)
-            rooms = Int8Room(rows, max(columns, factor * max(widths))), Int8Room(rows, columns)
+            widest = max(block.width for block in multiplied.values())
+            rooms = Int8Room(rows, max(columns, factor * widest)), Int8Room(rows, columns)
             self.rooms = list(rooms[:factor])
-        inverses = max((sum(self.words_of(s).inverses for s in batch) for batch in work), default=0)
-        self.inverses = torch.empty(inverses)
-
-    def words_of(self, s: Segment) -> BlockWords:
-        return self.words[id(s.group.block)]
+        if multiplied and factor == 2:
+            counts = {name: inverses_of(block) for name, block in multiplied.items()}
+            self.inverses = torch.empty(
+                max(sum(counts.get(id(s.group.block), 0) for s in batch) for batch in work)
+            )
+        # Alive as long as the table: only addresses are kept below.
+        self.buffers = hidden, scaled
+        self.words = array("q")
+        step = hidden.element_size()
+        for block in blocks:
+            rooms_of_block = self.rooms if id(block) in multiplied else []
+            buffers = [room.codes for room in rooms_of_block], [room.scales for room in rooms_of_block]
+            self.words.extend((*stack_of(block.gate_up_E2IH), *stack_of(block.down_EHI), block.width))
+            for t in (block.tokens_N, block.scale_N, block.preact_N2I, block.dscale_N):
+                self.words.extend(rows_of(t))
+            self.words.extend((hidden.data_ptr(), factor * step))
+            self.words.extend(rows_of(None if block.ddown_EHI is None else scaled))
+            for kept in buffers:
+                for i in range(2):
+                    self.words.extend(rows_of(kept[i] if i < len(kept) else None))
+            count = inverses_of(block) if rooms_of_block and factor == 2 else 0
+            self.words.extend((self.inverses.data_ptr(), count))
 
     def of(self, batch: list[Segment]) -> Tensor:
-        # torch.tensor takes twice as long over a list of rows.
-        flat = array("q")
-        row = inverse = 0
+        pieces = array("q")
         for s in batch:
-            words = self.words_of(s)
-            flat.extend(words[s])
-            rooms = self.rooms if words.in_int8 else []
-            flat.extend(address for room in rooms for address in room[row])
-            flat.extend([0] * (4 - 2 * len(rooms)))
-            flat.append(self.inverses.data_ptr() + 4 * inverse if words.inverses else 0)
-            row += s.rows
-            inverse += words.inverses
-        return torch.frombuffer(flat, dtype=torch.int64).view(len(batch), -1)
+            g = s.group
+            pieces.extend((self.index[id(g.block)], g.expert, g.first + s.start, s.end - s.start, s.at))
+        return ops.kernels.lay_out_segments(self.words, pieces)
 
 
 def forward(x_TH: Tensor, groups: list[Group], out_TH: Tensor) -> None:

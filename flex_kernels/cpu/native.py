@@ -8,6 +8,7 @@ Letters: T tokens, H hidden, E routed experts, K chosen, G sigmoid gates, R = E 
 from __future__ import annotations
 
 import importlib
+from array import array
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ _cpu_ops: Any = importlib.import_module("flex_kernels._cpu_ops")
 HUGE_PAGES_FROM = 8 << 20
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SEGMENT_WORDS: int = _cpu_ops.SEGMENT_WORDS
+BLOCK_WORDS: int = _cpu_ops.BLOCK_WORDS
+PIECE_WORDS: int = _cpu_ops.PIECE_WORDS
 PARTIAL_COLUMNS: int = _cpu_ops.PARTIAL_COLUMNS
 THIN_ROWS: int = _cpu_ops.THIN_ROWS
 THIN_CODE_ROWS: int = _cpu_ops.THIN_CODE_ROWS
@@ -64,6 +67,25 @@ def dtype_code(name: str, t: Tensor) -> int:
     if t.dtype not in DTYPES:
         raise ValueError(f"{name} must be float32, bfloat16 or float16, got {t.dtype}")
     return DTYPES[t.dtype]
+
+
+def lay_out_segments(blocks: array[int], pieces: array[int]) -> Tensor:
+    """The kernels' table [S, SEGMENT_WORDS] of a batch of S pieces.
+
+    Args:
+        blocks: "q", BLOCK_WORDS for each block. pieces: "q", PIECE_WORDS for each segment: its block's
+            number, expert, first row, rows, and where its hidden rows start (csrc/cpu/table.h).
+    """
+    count, rest = divmod(len(pieces), PIECE_WORDS)
+    if rest or len(blocks) % BLOCK_WORDS:
+        raise ValueError(
+            f"pieces and blocks must be of {PIECE_WORDS} and {BLOCK_WORDS} words each, "
+            f"got {len(pieces)} and {len(blocks)}"
+        )
+    table = torch.empty(count, SEGMENT_WORDS, dtype=torch.int64)
+    addresses = (words.buffer_info()[0] for words in (blocks, pieces))
+    _cpu_ops.lay_out_segments(*addresses, count, table.data_ptr())
+    return table
 
 
 def choose(

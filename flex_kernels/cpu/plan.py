@@ -49,12 +49,16 @@ class Block:
     ddown_EHI: Tensor | None = None
 
     @property
+    def width(self) -> int:
+        return self.down_EHI.shape[2]
+
+    @property
     def trained(self) -> bool:
         return self.dgate_up_E2IH is not None or self.ddown_EHI is not None
 
     def group(self) -> Group:
         """The only expert of a block of one, with all rows."""
-        return Group(self, 0, 0, self.tokens_N.shape[0])
+        return Group(self, 0, 0, self.tokens_N.shape[0], self.width)
 
 
 @dataclass(slots=True)
@@ -67,10 +71,7 @@ class Group:
     expert: int
     first: int
     rows: int
-    width: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.width = self.block.down_EHI.shape[2]
+    width: int
 
     def of_rows(self, t: Tensor) -> Tensor:
         """Its rows of a tensor [N, ...]."""
@@ -149,8 +150,8 @@ class Plan:
 
     def routed_groups(self) -> list[Group]:
         """The routed experts with at least one token."""
-        rows = enumerate(itertools.pairwise(self.offsets))
-        return [Group(self.routed, e, start, end - start) for e, (start, end) in rows if start < end]
+        rows, width = enumerate(itertools.pairwise(self.offsets)), self.routed.width
+        return [Group(self.routed, e, start, end - start, width) for e, (start, end) in rows if start < end]
 
 
 def make_plan(
