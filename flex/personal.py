@@ -88,7 +88,7 @@ class AdaptedWeight(torch.autograd.Function):
 
 
 def row_pieces(t_AB: Tensor) -> Iterator[slice]:
-    """Rows of which a float32 copy stays in a core's cache; all of them on a GPU, which pays by the launch."""
+    """Rows of which a float32 copy stays in the cache; all of them on a GPU, which pays by the launch."""
     step = max(1, PIECE // max(1, t_AB.shape[1])) if t_AB.device.type == "cpu" else max(1, t_AB.shape[0])
     return (slice(start, start + step) for start in range(0, t_AB.shape[0], step))
 

@@ -103,18 +103,23 @@ def batches(groups: list[Group], most_bytes: int | None = None) -> list[list[Seg
 
     A group whose weights need gradients stays in one piece up to WEIGHT_ROWS: its gradient is one product.
     """
-    sizes = [(g.rows, room(g.width)) for g in groups]
-    total, widest = sum(n * i for n, i in sizes), max((i for _, i in sizes), default=0)
+    blocks = {id(g.block): g.block for g in groups}
+    widths = {name: room(block.width) for name, block in blocks.items()}
+    total, widest = sum(g.rows * widths[id(g.block)] for g in groups), max(widths.values(), default=0)
     budget = min(max(total // PARTS, FEWEST_ROWS * widest), MOST_ROWS * widest)
+    rows_of_piece = {
+        name: WEIGHT_ROWS if block.trained else max(1, budget // max(1, widths[name]))
+        for name, block in blocks.items()
+    }
     done: list[list[Segment]] = []
     batch: list[Segment] = []
     used = held = 0
-    for group, (rows, width) in zip(groups, sizes):
+    for group in groups:
         again = 0 if most_bytes is None else bytes_read_twice(group)
-        most = WEIGHT_ROWS if group.block.trained else max(1, budget // max(1, width))
-        for start in range(0, rows, most):
-            end = min(start + most, rows)
-            elements = (end - start) * width
+        name, rows = id(group.block), group.rows
+        for start in range(0, rows, rows_of_piece[name]):
+            end = min(start + rows_of_piece[name], rows)
+            elements = (end - start) * widths[name]
             crowded = most_bytes is not None and again and held + again > most_bytes
             if batch and (used + elements > budget or crowded):
                 done.append(batch)
@@ -130,10 +135,11 @@ def widest_batch(work: list[list[Segment]]) -> int:
 
 
 def make_scratch(groups: list[Group], hidden: int, factor: int) -> Any:
-    longest = max([hidden, *(factor * g.width for g in groups)])
+    blocks = {id(g.block): g.block for g in groups}.values()
+    longest = max([hidden, *(factor * block.width for block in blocks)])
     # The gradient of a weight takes as much as that many rows.
-    rows = [max(g.rows, ops.kernels.BLOCK_ROWS) if g.block.trained else g.rows for g in groups]
-    return ops.kernels.Scratch(longest, max(rows, default=0))
+    least = ops.kernels.BLOCK_ROWS if any(block.trained for block in blocks) else 0
+    return ops.kernels.Scratch(longest, max([least, *(g.rows for g in groups)]))
 
 
 class Int8Room:
@@ -256,7 +262,8 @@ def backward(dy_TH: Tensor, x_TH: Tensor, groups: list[Group], dx_TH: Tensor | N
         if dx_TH is not None:
             ops.kernels.down_backward(segments, dx_TH, x_TH.dtype, scratch)
         for s in batch:
-            weight_gradients(s, dy_TH, x_TH, dz, scaled, scratch)
+            if s.group.block.trained:
+                weight_gradients(s, dy_TH, x_TH, dz, scaled, scratch)
 
 
 def weight_gradients(
@@ -264,8 +271,6 @@ def weight_gradients(
 ) -> None:
     """dgate_up += dz^T x and ddown += dy^T (scale * a) over the segment's rows, where asked for."""
     g, rows = s.group, slice(s.start, s.end)
-    if not g.block.trained:
-        return
     dgate_up_2IH, ddown_HI = g.dgate_up_2IH, g.ddown_HI
     if dgate_up_2IH is not None:
         dz_n2I = dz[2 * s.at :][: 2 * s.rows * s.width].view(s.rows, 2 * s.width)
