@@ -46,7 +46,7 @@ def as_int8(weight: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
     if weight.kind == "int8":
         return weight.codes.double(), weight.scales.double()
     largest_R1 = weight.scales.float().abs().amax(-1, keepdim=True)
-    inverse_R1 = 127 / torch.where(largest_R1 > 0, largest_R1, 1e-30)
+    inverse_R1 = 127 / largest_R1.clamp(min=1e-30)
     levels = Quantized(weight.codes, torch.ones_like(weight.scales), weight.columns).dequantize().double()
     factors = (weight.scales.float() * inverse_R1 * 16).round().double().repeat_interleave(64, dim=-1)
     return (levels * factors[:, : weight.columns] / 16 + 0.5).floor(), 1 / inverse_R1[:, 0].double()
@@ -132,6 +132,20 @@ def test_results_are_those_of_the_rounded_operands(allowed, kinds, dtype, T, H, 
     tolerance = 2e-3 if dtype == torch.float32 else 1.2e-2
     for name, got, want in zip(("y", "dx", "dweights"), results(*case, save=save), exact(*case)):
         assert relative(got, want) < tolerance, name
+
+
+@needs_vnni
+@pytest.mark.parametrize("T", [4, 40])
+def test_scales_of_nf4_may_be_zero_negative_and_far_apart(allowed, T):
+    x_TH, routed, experts, dy_TH = layer(T, 300, 200, 2, 1, torch.float32, ("nf4", "nf4"))
+    for weight in (experts.gate_up, experts.down):
+        weight.scales[:, 0] = 0
+        weight.scales[:, 1, 1] *= 1000
+        weight.scales[:, 2:7] *= -1
+        weight.scales[:, 7] *= 1e-30
+    case = x_TH, routed, experts, dy_TH
+    for name, got, want in zip(("y", "dx", "dweights"), results(*case), exact(*case)):
+        assert relative(got, want) < 2e-3, name
 
 
 @needs_vnni

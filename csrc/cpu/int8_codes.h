@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t kQuad = 4;               // rows of a weight whose codes make a word
+constexpr int64_t kQuad = 4;  // rows of a weight whose codes make a word
 constexpr int64_t kGroupCodes = flex::kGroupColumns;
 constexpr float kFactorUnit = 16.0f;
 
@@ -65,8 +65,7 @@ struct RowScales {
 
   // `lanes` values times the scales from row r on; the others are zeros.
   V operator()(V values, int64_t r, int lanes) const {
-    if (weight.inverses)
-      return _mm512_maskz_div_ps(first(lanes), values, get<Float32>(weight.inverses + r, lanes));
+    if (weight.inverses) return _mm512_maskz_div_ps(first(lanes), values, get<Float32>(weight.inverses + r, lanes));
     return mul(values, get<BFloat16>(weight.scales + weight.row + r, lanes));
   }
 };
@@ -171,7 +170,8 @@ __attribute__((always_inline)) inline __m512i tables_of_row(int row) {
 struct EvenAndOdd {
   __m512i even, odd;
 };
-__attribute__((always_inline)) inline EvenAndOdd two_groups_of_row(const char* p, int64_t n, __m512i which, const __m512i& tables) {
+__attribute__((always_inline)) inline EvenAndOdd two_groups_of_row(const char* p, int64_t n, __m512i which,
+                                                                   const __m512i& tables) {
   __m512i bytes;
   if (n >= 128)
     bytes = _mm512_loadu_si512(p);

@@ -221,9 +221,9 @@ void few_rows_product(const Int8Operand& a, int64_t first_row, int64_t rows, con
         tables[k / kInt8Group] = tables_of_two_groups(factors.at(k / kGroupCodes));
       for (int64_t j = 0, some; j < there; j += some) {
         some = j + most <= there ? most : 1;
-        (some > 1 ? Dots::nf4_several : Dots::nf4_one)[rows - 1](split, scales, a.groups(), taken,
-                                                                 weight.from(quad, 0), tables, static_cast<int>(j),
-                                                                 c + quad + j, ldc, k0 > 0);
+        (some > 1 ? Dots::nf4_several : Dots::nf4_one)[rows - 1](split, scales, a.groups(), taken, weight.from(quad, 0),
+                                                                 tables, static_cast<int>(j), c + quad + j, ldc,
+                                                                 k0 > 0);
       }
     }
   }

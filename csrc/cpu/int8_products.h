@@ -62,7 +62,8 @@ void pack_rows_of_codes(const Weight<E>& weight, int64_t row, int64_t columns, i
         if (column >= columns) {
           r[i] = _mm512_setzero_si512();
         } else if (kNf4) {
-          if (i % kQuad == 0) tables = tables_of_quad(factors->of_rows[column / kQuad].at(first_group + k / kGroupCodes));
+          if (i % kQuad == 0)
+            tables = tables_of_quad(factors->of_rows[column / kQuad].at(first_group + k / kGroupCodes));
           r[i] = group_of_row(weight.byte(row + column, k0 + k), length - k, i % kQuad, tables);
         } else {
           r[i] = unsigned_codes(weight.byte(row + column, k0 + k), length - k);
