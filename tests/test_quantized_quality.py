@@ -69,10 +69,10 @@ def place(tmp_path_factory):
 def test_the_file_holds_every_part(place):
     content = json.loads((place / "out.json").read_text())
     kinds = {"bfloat16", "int8", "nf4", "nf4 calibrated", "nf4 gptq"}
-    assert set(content["models"]) == (kinds | {PRODUCTS} if multiplies_int8() else kinds)
-    if multiplies_int8():
-        products, int8 = (content["models"][name]["divergence"]["one"] for name in (PRODUCTS, "int8"))
-        assert products != int8
+    assert set(content["models"]) == (kinds | set(PRODUCTS) if multiplies_int8() else kinds)
+    for name, kind in PRODUCTS.items() if multiplies_int8() else ():
+        products, codes = (content["models"][of]["divergence"]["one"] for of in (name, kind))
+        assert products != codes
     assert content["models"]["bfloat16"]["divergence"] == {"one": 0.0, "two": 0.0}
     assert all(
         0 < of["divergence"]["one"] < 0.1 for name, of in content["models"].items() if name != "bfloat16"
