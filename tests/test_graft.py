@@ -12,13 +12,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import flex_kernels
-from flex import personal
 from flex.block import GraftedBlock, gates_shut, grafted_blocks
 from flex.grafting import graft, personalize
 from flex.models import Unsupported, find_blocks
-from flex.personal import PersonalCopy, PersonalLoRA
+from flex.personal import PersonalLoRA
 from flex.watch import record_gates
-from flex_kernels import Experts, reference
+from flex_kernels import reference
 
 BACKENDS = runnable_backends()
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -433,33 +432,3 @@ def test_personalize_needs_personal_experts_and_a_selection_of_the_same_layers()
 def test_a_model_without_experts_is_refused():
     with pytest.raises(Unsupported, match="Linear has no MoE block"):
         graft(nn.Linear(3, 3), start=[0])
-
-
-def test_the_seed_of_a_low_rank_start_does_not_depend_on_dtype():
-    experts = Experts(torch.randn(2, 8, 6), torch.randn(2, 6, 4))
-    one, two = (
-        PersonalLoRA(experts, 1, torch.zeros(6), dtype, rank=2, generator=torch.Generator().manual_seed(4))
-        for dtype in (torch.float32, torch.bfloat16)
-    )
-    assert torch.equal(one.gate_up_in.bfloat16(), two.gate_up_in)
-    assert one.gate_up_in.abs().max() <= 6**-0.5
-    assert isinstance(PersonalCopy(experts, 1, torch.zeros(6)).record_over(experts).down, nn.Parameter)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_low_rank_weight_and_its_gradients(dtype, monkeypatch):
-    monkeypatch.setattr(personal, "PIECE", 40)
-    generator = torch.Generator().manual_seed(0)
-    frozen, gradient = (torch.randn(11, 13, generator=generator).to(dtype) for _ in range(2))
-    factors = [torch.randn(s, generator=generator).requires_grad_() for s in ((11, 3), (3, 13))]
-    found = personal.adapted_weight(frozen, *factors, 0.7)
-    found.backward(gradient)
-    out, into = (factor.detach().double() for factor in factors)
-    exact = frozen.double() + 0.7 * out @ into
-    assert found.dtype == dtype
-    torch.testing.assert_close(
-        found.double(), exact, atol=1e-6, rtol=4e-3 if dtype == torch.bfloat16 else 1e-6
-    )
-    wide = gradient.double()
-    torch.testing.assert_close(factors[0].grad.double(), 0.7 * wide @ into.t(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(factors[1].grad.double(), 0.7 * out.t() @ wide, atol=1e-5, rtol=1e-5)

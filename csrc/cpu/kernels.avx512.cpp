@@ -1,5 +1,5 @@
-// The kernels for AVX-512 (F, BW, DQ, VL, VNNI, BF16). Everything here lies in an anonymous namespace and no standard
-// template is used: a function that the linker shared with other files could run there on a processor without
+// The kernels for AVX-512 (F, BW, DQ, VL, VBMI, VNNI, BF16). Everything here lies in an anonymous namespace and no
+// standard template is used: a function that the linker shared with other files could run there on a processor without
 // these instructions.
 #include "cpu/vector_avx512.h"
 #include "cpu/rows.h"

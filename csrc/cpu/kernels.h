@@ -114,7 +114,7 @@ struct Kernels {
 
 const Kernels* generic_kernels();
 const Kernels* avx2_kernels();    // null where this build or this processor lacks it
-const Kernels* avx512_kernels();  // AVX-512 F, BW, DQ, VL, VNNI and BF16
+const Kernels* avx512_kernels();  // AVX-512 F, BW, DQ, VL, VBMI, VNNI and BF16
 const Kernels* amx_kernels();     // these, AMX-TILE and AMX-BF16
 
 // Asks for huge pages under [address, address + bytes), where the system gives them on request; else does nothing.
