@@ -106,7 +106,7 @@ def parts(built: FlexMoE, x_TH: Tensor) -> dict[str, Run]:
     route = (x_TH, router.weight, None, *gates, router.top_k, False, "softmax", 1.0, False)
     ids_TK, weights_TK, gates_GT, _ = autograd.apply_route(*route, built.backend)
     tensors = (x_TH, ids_TK, weights_TK, experts.gate_up, experts.down, None, None, personal.gate_up)
-    mix = (*tensors, personal.down, gates_GT.view(-1), None, None, None, "add", False)
+    mix = (*tensors, personal.down, gates_GT.view(-1), *(None,) * 5, "add", False)
 
     def unrecorded(function: Callable[..., Any], *inputs: Any) -> None:
         with torch.no_grad():

@@ -230,6 +230,8 @@ def experts(
     gate_T: Tensor | None,
     shared_gate_up_2IH: Tensor | None,
     shared_down_HI: Tensor | None,
+    shared_gate_up_scales: Tensor | None,
+    shared_down_scales: Tensor | None,
     shared_gate_T: Tensor | None,
     mix: str,
     save_preact: bool,
@@ -237,7 +239,8 @@ def experts(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y_TH, then the pre-activations of the routed [N, 2I], personal [T, 2Ip] and shared [T, 2Is] experts).
 
-    With scales, ``gate_up`` and ``down`` are the codes of :class:`flex_kernels.quantize.Quantized` weights.
+    With scales, ``gate_up`` and ``down`` are the codes of :class:`flex_kernels.quantize.Quantized` weights;
+    those of the shared expert likewise.
     The routed rows are in expert order (a stable sort of ids). Pre-activations have zero elements unless
     ``save_preact``; they are outputs only so that the tracer knows of them.
     """
@@ -254,6 +257,8 @@ def experts(
         gate_T,
         shared_gate_up_2IH,
         shared_down_HI,
+        shared_gate_up_scales,
+        shared_down_scales,
         shared_gate_T,
         mix,
         save_preact,
@@ -274,6 +279,8 @@ def _(
     gate,
     s_gate_up,
     s_down,
+    s_gate_up_scales,
+    s_down_scales,
     s_gate,
     mix,
     save,
@@ -303,6 +310,8 @@ def experts_backward(
     gate_T: Tensor | None,
     shared_gate_up_2IH: Tensor | None,
     shared_down_HI: Tensor | None,
+    shared_gate_up_scales: Tensor | None,
+    shared_down_scales: Tensor | None,
     shared_gate_T: Tensor | None,
     preact_N2I: Tensor,
     personal_preact_T2I: Tensor,
@@ -328,6 +337,8 @@ def experts_backward(
         gate_T,
         shared_gate_up_2IH,
         shared_down_HI,
+        shared_gate_up_scales,
+        shared_down_scales,
         shared_gate_T,
         preact_N2I,
         personal_preact_T2I,
@@ -352,6 +363,8 @@ def _(
     gate,
     s_gate_up,
     s_down,
+    s_gate_up_scales,
+    s_down_scales,
     s_gate,
     z,
     zp,
@@ -367,7 +380,7 @@ def _(
 
 
 # Positions, among the inputs of ``experts``, of the ten tensors that can have a gradient: not ids and scales.
-DIFFERENTIABLE = (0, 2, 3, 4, 7, 8, 9, 10, 11, 12)
+DIFFERENTIABLE = (0, 2, 3, 4, 7, 8, 9, 10, 11, 14)
 
 
 def experts_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -381,7 +394,7 @@ def experts_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def experts_vjp(backward: Any, ctx: Any, grad_y: Tensor, *grad_preacts: Any) -> tuple:
     needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
     grads = backward(grad_y.contiguous(), *ctx.saved_tensors, ctx.mix, needs, ctx.backend)
-    out: list[Tensor | None] = [None] * 16
+    out: list[Tensor | None] = [None] * 18
     for position, needed, grad in zip(DIFFERENTIABLE, needs, grads):
         out[position] = grad if needed else None
     return tuple(out)

@@ -48,7 +48,7 @@ def check_tensor(name: str, t: object, shape: tuple[int | str, ...], device: tor
 def check_weights(
     name: str, weights: Tensor | Quantized, shape: tuple[int | str, ...], device: torch.device
 ) -> None:
-    """Of the routed experts: a float tensor, or codes and scales that fit each other."""
+    """Of frozen experts: a float tensor, or codes and scales that fit each other."""
     if not isinstance(weights, Quantized):
         check_tensor(name, weights, shape, device)
         return
@@ -58,15 +58,15 @@ def check_weights(
             f"{name} must have int8 codes (int8) or uint8 codes (nf4) and bfloat16 scales, "
             f"got codes {describe(codes)} and scales {describe(scales)}"
         )
-    if codes.ndim != 3 or differs(shape, weights.shape):
+    if differs(shape, weights.shape):
         raise ValueError(f"{name} must be {pattern(shape)}, got {weights.kind} {list(weights.shape)}")
-    count, rows = codes.shape[:2]
+    outer = codes.shape[:-1]
     packed = columns if weights.kind == "int8" else -(-columns // 2)
     groups = () if weights.kind == "int8" else (-(-columns // GROUP_COLUMNS),)
-    if codes.shape[2] != packed or scales.shape != (count, rows, *groups):
+    if codes.shape[-1] != packed or scales.shape != (*outer, *groups):
         raise ValueError(
-            f"{name}: {weights.kind} of {columns} columns has codes [{count}, {rows}, {packed}] and scales "
-            f"{list((count, rows, *groups))}, got {list(codes.shape)} and {list(scales.shape)}"
+            f"{name}: {weights.kind} of {columns} columns has codes {[*outer, packed]} and scales "
+            f"{[*outer, *groups]}, got {list(codes.shape)} and {list(scales.shape)}"
         )
     if codes.device != device or scales.device != device:
         raise ValueError(f"{name} is on {codes.device}, but x is on {device}: move one of them")
@@ -77,14 +77,16 @@ def check_option(name: str, value: object, accepted: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, accepted))}")
 
 
-def check_ffn(name: str, gate_up: Tensor, down: Tensor, hidden: int, device: torch.device) -> None:
-    check_tensor(f"{name}.gate_up", gate_up, ("2*I", hidden), device)
+def check_ffn(
+    name: str, gate_up: Tensor | Quantized, down: Tensor | Quantized, hidden: int, device: torch.device
+) -> None:
+    check_weights(f"{name}.gate_up", gate_up, ("2*I", hidden), device)
     if gate_up.shape[0] % 2 or not gate_up.shape[0]:
         raise ValueError(
             f"{name}.gate_up stacks gate rows on up rows: its first size must be even and positive, "
-            f"got {describe(gate_up)}"
+            f"got {list(gate_up.shape)}"
         )
-    check_tensor(f"{name}.down", down, (hidden, gate_up.shape[0] // 2), device)
+    check_weights(f"{name}.down", down, (hidden, gate_up.shape[0] // 2), device)
 
 
 def check_ids(ids_TK: Tensor, experts: int) -> None:
@@ -176,6 +178,9 @@ def check_arguments(
     if personal is not None:
         if not isinstance(personal, Personal):
             raise TypeError(f"personal must be a Personal or None, got {type(personal).__name__}")
+        for name, t in (("gate_up", personal.gate_up), ("down", personal.down)):
+            if isinstance(t, Quantized):
+                raise TypeError(f"personal.{name} must be a tensor: a personal expert is trained, got {t.kind}")
         check_ffn("personal", personal.gate_up, personal.down, hidden, device)
         check_tensor("personal.gate_weight", personal.gate_weight, (hidden,), device)
         if personal.gate_bias is not None:

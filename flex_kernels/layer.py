@@ -40,7 +40,7 @@ def flex_moe(
         experts: the routed experts, in x's dtype or quantised, and consumed as stored.
         personal: the client's expert and gate; any float dtype, cast to x's for the products. The cast copy
             lives within a pass: none is kept for the backward pass.
-        shared: the shared expert; likewise.
+        shared: the shared expert; plain weights likewise, quantised ones consumed as stored.
         mix: ``"add"`` or ``"convex"``.
         save: ``"recompute"`` keeps x, ids, weights and gates for the backward pass (about 2H + 12K bytes a
             token in bf16); ``"preact"`` also keeps the pre-activations, 4 K I bytes a token more, and is
@@ -128,6 +128,8 @@ def fused_moe(
             )[2]
     gate_up, gate_up_scales = stored(experts.gate_up)
     down, down_scales = stored(experts.down)
+    shared_gate_up, shared_gate_up_scales = (None, None) if shared is None else stored(shared.gate_up)
+    shared_down, shared_down_scales = (None, None) if shared is None else stored(shared.down)
     # Not by index, whose backward fills and copies once a gate.
     gates = gates_GT.unbind(0) if gates_GT.shape[0] > 1 else (gates_GT.view(-1),)
     gate_T = None if personal is None else gates[0]
@@ -143,8 +145,10 @@ def fused_moe(
         None if personal is None else personal.gate_up,
         None if personal is None else personal.down,
         gate_T,
-        None if shared is None else shared.gate_up,
-        None if shared is None else shared.down,
+        shared_gate_up,
+        shared_down,
+        shared_gate_up_scales,
+        shared_down_scales,
         shared_gate_T,
         mix,
         save == "preact",

@@ -76,7 +76,7 @@ class FlexMoE(nn.Module):
         router: its tensors become frozen parameters ``router_weight`` and the buffer ``router_bias``.
         experts: become the frozen parameters ``gate_up`` and ``down``; quantised ones the buffers
             ``gate_up.codes``, ``gate_up.scales``, ``down.codes`` and ``down.scales``.
-        shared: optional; become ``shared_gate_up``, ``shared_down``, ``shared_gate_weight``.
+        shared: optional; becomes ``shared_gate_up``, ``shared_down``, ``shared_gate_weight``, likewise.
         mix, save, backend: as in :func:`flex_kernels.flex_moe`.
 
     Shapes: forward takes and returns [..., H].
@@ -105,8 +105,8 @@ class FlexMoE(nn.Module):
         self.router_bias: Tensor | None
         self.register_buffer("router_bias", router.bias)
         self.gate_up, self.down = held(experts.gate_up), held(experts.down)
-        self.shared_gate_up = None if shared is None else frozen(shared.gate_up)
-        self.shared_down = None if shared is None else frozen(shared.down)
+        self.shared_gate_up = None if shared is None else held(shared.gate_up)
+        self.shared_down = None if shared is None else held(shared.down)
         gate_weight = None if shared is None else shared.gate_weight
         self.shared_gate_weight = None if gate_weight is None else frozen(gate_weight)
         self.personal: PersonalExpert | None = None
@@ -135,7 +135,8 @@ class FlexMoE(nn.Module):
         """y [..., H]; with ``return_router_logits`` the pair (y, logits [T, E])."""
         shared = None
         if self.shared_gate_up is not None and self.shared_down is not None:
-            shared = Shared(self.shared_gate_up, self.shared_down, self.shared_gate_weight)
+            weights = record_of(self.shared_gate_up), record_of(self.shared_down)
+            shared = Shared(*weights, self.shared_gate_weight)
         return flex_moe(
             x,
             Router(self.router_weight, self.top_k, self.normalize, self.score, self.scale, self.router_bias),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flex_kernels.checkpoint import keep_ids
-from flex_kernels.types import Experts, Mix, Personal, Routed, Router, Shared
+from flex_kernels.types import Experts, Mix, Personal, Routed, Router, Shared, plain
 
 
 def at_least_float32(t: Tensor) -> Tensor:
@@ -69,7 +69,8 @@ def moe(
         ids_TK, weights_TK, logits_TE = router.ids, router.weights, None
     r_TH = routed_sum(x_TH, ids_TK, weights_TK, experts)
     if shared is not None:
-        s_TH = at_least_float32(swiglu_ffn(x_TH, shared.gate_up, shared.down))
+        weights = (plain(shared.gate_up, x_TH.dtype), plain(shared.down, x_TH.dtype))
+        s_TH = at_least_float32(swiglu_ffn(x_TH, *weights))
         if shared.gate_weight is not None:
             s_TH = sigmoid_gate(x_TH, shared.gate_weight, None)[:, None] * s_TH
         r_TH = r_TH + s_TH

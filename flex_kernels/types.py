@@ -119,14 +119,23 @@ class Shared:
     """The pretrained expert that every token passes through.
 
     Args:
-        gate_up: [2 Is, H], gate rows first.
-        down: [H, Is].
+        gate_up: [2 Is, H], gate rows first; a tensor, or frozen in 8 or 4 bits (:meth:`quantize`).
+        down: [H, Is]; likewise.
         gate_weight: [H] for Qwen2-MoE's sigmoid gate, or None for a plain sum.
     """
 
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Tensor | Quantized
+    down: Tensor | Quantized
     gate_weight: Tensor | None = None
+
+    @classmethod
+    def quantize(cls, gate_up: Tensor, down: Tensor, kind: Kind, gate_weight: Tensor | None = None) -> Shared:
+        """A frozen shared expert in 8 bits ("int8") or 4 ("nf4"), as :meth:`Experts.quantize`; its gate stays.
+
+        Raises:
+            TypeError, ValueError: as :func:`flex_kernels.quantize.quantize`.
+        """
+        return cls(quantize(gate_up, kind), quantize(down, kind), gate_weight)
 
 
 def plain(weight: Tensor | Quantized, dtype: torch.dtype | None = None) -> Tensor:

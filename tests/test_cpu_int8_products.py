@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flex_kernels import Experts, Personal, Routed, Router, allow_int8_products, cpu, flex_moe
+from flex_kernels import Experts, Personal, Routed, Router, Shared, allow_int8_products, cpu, flex_moe
 from flex_kernels.cpu import ops
 from flex_kernels.precision import int8_products_allowed
 from flex_kernels.quantize import Quantized, quantize
@@ -241,3 +241,20 @@ def test_the_permission_is_a_bool_and_off_at_first():
     assert not int8_products_allowed()
     with pytest.raises(TypeError, match="allowed must be True or False, got 1"):
         allow_int8_products(1)
+
+
+@needs_vnni
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("T", [1, 6, 40, 200])
+def test_a_shared_expert_is_multiplied_as_a_routed_one_that_every_token_chose(allowed, T, kind):
+    generator = torch.Generator().manual_seed(T)
+    gate_up, down = (torch.randn(s, generator=generator) * s[-1] ** -0.5 for s in ((1, 600, 200), (1, 200, 300)))
+    x_TH, dy_TH = (torch.randn(T, 200, generator=generator).bfloat16() for _ in "xy")
+    nobody, everyone = torch.full((T, 1), 1), torch.zeros(T, 1, dtype=torch.int64)
+    experts, shared = Experts.quantize(gate_up, down, kind), Shared.quantize(gate_up[0], down[0], kind)
+    found = []
+    for ids, extra in ((nobody, shared), (everyone, None)):
+        x = x_TH.clone().requires_grad_()
+        y = flex_moe(x, Routed(ids, torch.ones(T, 1)), experts, shared=extra, backend="cpu")
+        found.append((y, *torch.autograd.grad(y, x, dy_TH)))
+    assert all(torch.equal(got, want) for got, want in zip(*found))

@@ -11,7 +11,7 @@ import torch
 from cases import Case, LargestTensor, with_fixed_routing
 from test_cpu_backend import DTYPES, ISAS, agree, engine, make_case, one_expert_each, run  # noqa: F401
 
-from flex_kernels import Experts
+from flex_kernels import Experts, Shared
 from flex_kernels.cpu import experts, fused, ops
 from flex_kernels.cpu.plan import Block
 from flex_kernels.quantize import quantize
@@ -60,6 +60,27 @@ def test_scales_have_a_sign(engine, dtype, T, kind):  # noqa: F811
     turned = replace(case, experts=replace(case.experts, down=replace(down, scales=-down.scales)))
     got, want = run(turned, "x"), run(case, "x")
     assert all(torch.equal(got[name], -want[name]) for name in ("y", "x"))
+
+
+def with_coded_shared(case: Case, kind: str) -> Case:
+    shared = case.shared
+    return replace(case, shared=Shared.quantize(shared.gate_up, shared.down, kind, shared.gate_weight))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 5, 41, 215])
+@pytest.mark.parametrize("save", ["recompute", "preact"])
+def test_a_shared_expert_in_codes_matches_the_reference(engine, dtype, T, save, kind):  # noqa: F811
+    """Beside plain experts, for few rows and for many."""
+    case = make_case(T=T, H=130, E=3, K=2, I=37, shared_width=131, dtype=dtype)
+    agree(with_coded_shared(with_fixed_routing(case), kind), mix="convex", save=save)
+
+
+@pytest.mark.parametrize("kinds", [("int8", "int8"), ("nf4", "int8"), ("int8", "nf4"), ("nf4", "nf4")])
+def test_routed_and_shared_experts_in_codes(engine, kinds):  # noqa: F811
+    case = make_case(T=50, H=192, E=3, K=2, I=64, shared_width=320, shared="plain", dtype=torch.bfloat16)
+    agree(with_coded_shared(quantised(with_fixed_routing(case), kinds[0]), kinds[1]))
 
 
 @pytest.mark.parametrize("kinds", [("int8", "nf4"), ("nf4", "int8")])
@@ -171,7 +192,7 @@ def test_codes_get_no_gradient():
         *(case.x_TH, torch.zeros(5, 1, dtype=torch.int32), torch.ones(5, 1)),
         *(case.experts.gate_up.codes, case.experts.down.codes),
         *(case.experts.gate_up.scales, case.experts.down.scales),
-        *(None, None, None, None, None, None, "add", False),
+        *(*(None,) * 8, "add", False),
     )
     assert torch.isfinite(y).all()
     assert set(run(case)) >= {"y", "x"} and not any(n.startswith("experts") for n in run(case))

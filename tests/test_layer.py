@@ -253,7 +253,7 @@ def test_torch_finds_nothing_wrong_with_the_ops():
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.flex_kernels.route.default, route, test_utils=checks)
     weights = (random(5, 2), random(4, 12, 8), random(4, 8, 6), None, None, random(12, 8), random(8, 6))
-    experts = (x, ids, *weights, random(5), None, None, None, "add", False, "cpu")
+    experts = (x, ids, *weights, random(5), *(None,) * 5, "add", False, "cpu")
     torch.library.opcheck(torch.ops.flex_kernels.experts.default, experts)
 
 
@@ -267,10 +267,10 @@ def test_calls_with_and_without_a_graph_agree_with_the_op_itself():
     leaves = [case.x_TH, weights, case.experts.gate_up, case.experts.down]
     found = []
     for call in (op, eager):
-        y = call(*tensors, *(None,) * 8, "add", False, "cpu")[0]
+        y = call(*tensors, *(None,) * 10, "add", False, "cpu")[0]
         found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     with torch.no_grad():
-        found.append([eager(*tensors, *(None,) * 8, "add", False, "cpu")[0]])
+        found.append([eager(*tensors, *(None,) * 10, "add", False, "cpu")[0]])
     for got, want in (*zip(found[1], found[0]), (found[2][0], found[0][0])):
         assert torch.equal(got, want)
 

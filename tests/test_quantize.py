@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import make_case
 
-from flex_kernels import Experts, FlexMoE, Quantized, flex_moe
+from flex_kernels import Experts, FlexMoE, Quantized, Shared, flex_moe
 from flex_kernels import quantize as quantizing
 from flex_kernels.cpu import fallback, ops
 from flex_kernels.quantize import GROUP_COLUMNS, NF4_LEVELS, quantize
@@ -174,6 +174,51 @@ def test_codes_that_do_not_fit_are_named(change, error, message):
     experts = replace(case.experts, down=change(case.experts.down))
     with pytest.raises(error, match=message):
         flex_moe(case.x_TH, case.router, experts, case.personal, case.shared)
+
+
+def test_codes_of_a_shared_expert_that_do_not_fit_are_named():
+    case = quantised_case()
+    shared = Shared.quantize(case.shared.gate_up, case.shared.down, "nf4")
+    for changed, message in (
+        (replace(shared, down=shared.down[1:]), r"shared.down must be \[24, 14\], got nf4 \[23, 14\]"),
+        (replace(shared, gate_up=shared.gate_up[None]), r"shared.gate_up must be \[2\*I, 24\], got nf4"),
+        (replace(shared, gate_up=replace(shared.gate_up, scales=shared.down.scales)), "nf4 of 24 columns has"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            flex_moe(case.x_TH, case.router, case.experts, None, changed)
+
+
+def test_a_personal_expert_in_codes_is_refused():
+    case = quantised_case()
+    personal = replace(case.personal, down=quantize(case.personal.down, "int8"))
+    with pytest.raises(TypeError, match="personal.down must be a tensor: .* got int8"):
+        flex_moe(case.x_TH, case.router, case.experts, personal)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_the_reference_computes_a_shared_expert_with_the_weights_that_codes_stand_for(kind):
+    case = quantised_case(kind, T=9, H=70, I=33)
+    gate_up, down, gate_weight = vars(case.shared).values()
+    coded = Shared.quantize(gate_up, down, kind, gate_weight)
+    plain = Shared(coded.gate_up.dequantize(), coded.down.dequantize(), gate_weight)
+    got, want = (
+        flex_moe(case.x_TH, case.router, case.experts, None, shared, backend="reference")
+        for shared in (coded, plain)
+    )
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_module_keeps_the_codes_of_a_shared_expert(kind):
+    case = quantised_case(kind, H=70, I=33)
+    gate_up, down, gate_weight = vars(case.shared).values()
+    layer = FlexMoE(case.router, case.experts, Shared.quantize(gate_up, down, kind, gate_weight))
+    assert {f"shared_{n}.{part}" for n in ("gate_up", "down") for part in ("codes", "scales")} <= set(
+        layer.state_dict()
+    )
+    x = normal(5, 70)
+    shared = Shared.quantize(gate_up, down, kind, gate_weight)
+    assert torch.equal(layer(x), flex_moe(x, case.router, case.experts, None, shared))
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

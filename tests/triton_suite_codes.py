@@ -30,6 +30,13 @@ def coded(case, gate_up="nf4", down="nf4"):
     return replace(case, experts=replace(case.experts, **stored))
 
 
+def coded_shared(case, gate_up, down):
+    """The case with its shared expert quantised."""
+    shared = case.shared
+    stored = {"gate_up": quantize(shared.gate_up, gate_up), "down": quantize(shared.down, down)}
+    return replace(case, shared=replace(shared, **stored))
+
+
 def decode_ahead(monkeypatch, staged_bytes=70_000):
     """Whatever the rows, weights are decoded before the product, into a buffer of that many bytes."""
     monkeypatch.setattr(codes, "IN_LOOP_ROWS", 0)
@@ -70,6 +77,18 @@ def test_every_nf4_code_has_its_level():
 def test_every_value_and_gradient_is_as_exact_as_plain_torch_on_the_same_codes(dtype, kinds, way):
     case = with_fixed_routing(make_case(T=14, H=72, E=4, K=2, I=37, dtype=dtype))
     agree(coded(case, *kinds), "convex", save="recompute")
+
+
+@pytest.mark.parametrize("mix", ["add", "convex"])
+@pytest.mark.parametrize("kinds", [*KINDS, ("int8", "int8"), ("nf4", "nf4")], ids=str)
+def test_a_shared_expert_in_codes_beside_plain_experts(kinds, mix, way):
+    case = with_fixed_routing(make_case(T=14, H=72, E=4, K=2, I=20, shared_width=37))
+    agree(coded_shared(case, *kinds), mix, save="preact" if mix == "add" else "recompute")
+
+
+def test_shared_and_routed_experts_in_codes_of_different_kinds(way):
+    case = with_fixed_routing(make_case(T=9, H=37, E=4, K=2, I=21, shared_width=65, shared="plain"))
+    agree(coded_shared(coded(case, "nf4", "nf4"), "int8", "int8"))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +175,7 @@ def test_no_buffer_ever_holds_all_experts(way, monkeypatch):
         flex_moe(case.x_TH, Routed(ids, weights), case.experts, backend="triton")
         experts_backward(
             *(torch.ones_like(case.x_TH), case.x_TH, ids, weights, gate_up.codes, down.codes),
-            *(gate_up.scales, down.scales, None, None, None, None, None, None, none, none, none),
+            *(gate_up.scales, down.scales, *(None,) * 8, none, none, none),
             *("add", needs),
         )
     bound = codes.STAGED_BYTES // 4 if way == "ahead" else 3 * 2 * 64

@@ -81,7 +81,7 @@ def both_ways(T, kind="plain", H=64, I=72, E=4, K=2):
     x_TH = torch.zeros(T, H).bfloat16()
     ids_TK, weights_TK = torch.rand(T, E).topk(K).indices.int(), torch.rand(T, K)
     own = torch.zeros(2 * I, H), torch.zeros(H, I), torch.rand(T)
-    inputs = x_TH, ids_TK, weights_TK, *weights(E, H, I, kind), *own, None, None, None
+    inputs = x_TH, ids_TK, weights_TK, *weights(E, H, I, kind), *own, *(None,) * 5
     y_TH, *preacts = experts_forward(*inputs, "convex", False)
     needs = [True, True, False, False, True, True, True, False, False, False]
     return experts_backward(y_TH, *inputs, *preacts, "convex", needs)

@@ -14,12 +14,25 @@ from flex_kernels.cpu.plan import WEIGHT_ROWS, Block, Group, Plan, attach_preact
 from flex_kernels.quantize import Quantized
 
 
-def pair(gate_up: Tensor | None, down: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    return None if gate_up is None or down is None else (gate_up.to(dtype), down.to(dtype))
-
-
 def weights_of(stored: Tensor, scales: Tensor | None, columns: int) -> Tensor | Quantized:
     return stored if scales is None else Quantized(stored, scales, columns)
+
+
+def dense_weights(
+    gate_up: Tensor | None,
+    down: Tensor | None,
+    x_TH: Tensor,
+    gate_up_scales: Tensor | None = None,
+    down_scales: Tensor | None = None,
+) -> tuple[Tensor | Quantized, Tensor | Quantized] | None:
+    """The weights of an expert that every token passes through: plain ones in x's dtype."""
+    if gate_up is None or down is None:
+        return None
+    columns = x_TH.shape[1], gate_up.shape[0] // 2
+    return (
+        gate_up.to(x_TH.dtype) if gate_up_scales is None else Quantized(gate_up, gate_up_scales, columns[0]),
+        down.to(x_TH.dtype) if down_scales is None else Quantized(down, down_scales, columns[1]),
+    )
 
 
 def experts_forward(
@@ -35,6 +48,8 @@ def experts_forward(
     gate_T: Tensor | None,
     shared_gate_up_2IH: Tensor | None,
     shared_down_HI: Tensor | None,
+    shared_gate_up_scales: Tensor | None,
+    shared_down_scales: Tensor | None,
     shared_gate_T: Tensor | None,
     mix: str,
     save_preact: bool,
@@ -43,8 +58,10 @@ def experts_forward(
     ``autograd.experts``.
     """
     ops.warn_if_missing()
-    personal = pair(personal_gate_up_2IH, personal_down_HI, x_TH.dtype)
-    shared = pair(shared_gate_up_2IH, shared_down_HI, x_TH.dtype)
+    personal = dense_weights(personal_gate_up_2IH, personal_down_HI, x_TH)
+    shared = dense_weights(
+        shared_gate_up_2IH, shared_down_HI, x_TH, shared_gate_up_scales, shared_down_scales
+    )
     gate_up = weights_of(gate_up_E2IH, gate_up_scales, x_TH.shape[1])
     down = weights_of(down_EHI, down_scales, gate_up_E2IH.shape[1] // 2)
     plan = make_plan(ids_TK, weights_TK, gate_up, down, personal, gate_T, shared, shared_gate_T, mix)
@@ -82,6 +99,8 @@ def experts_backward(
     gate_T: Tensor | None,
     shared_gate_up_2IH: Tensor | None,
     shared_down_HI: Tensor | None,
+    shared_gate_up_scales: Tensor | None,
+    shared_down_scales: Tensor | None,
     shared_gate_T: Tensor | None,
     preact_N2I: Tensor,
     personal_preact_T2I: Tensor,
@@ -94,8 +113,10 @@ def experts_backward(
     shared gate); zero elements where ``needs`` is false. See ``autograd.experts_backward``."""
     need_x, need_weights, need_up, need_down, need_p_up, need_p_down, need_gate, *need_shared = needs
     need_s_up, need_s_down, need_s_gate = need_shared
-    personal = pair(personal_gate_up_2IH, personal_down_HI, x_TH.dtype)
-    shared = pair(shared_gate_up_2IH, shared_down_HI, x_TH.dtype)
+    personal = dense_weights(personal_gate_up_2IH, personal_down_HI, x_TH)
+    shared = dense_weights(
+        shared_gate_up_2IH, shared_down_HI, x_TH, shared_gate_up_scales, shared_down_scales
+    )
     gate_up = weights_of(gate_up_E2IH, gate_up_scales, x_TH.shape[1])
     down = weights_of(down_EHI, down_scales, gate_up_E2IH.shape[1] // 2)
     plan = make_plan(ids_TK, weights_TK, gate_up, down, personal, gate_T, shared, shared_gate_T, mix)

@@ -159,9 +159,9 @@ def make_plan(
     weights_TK: Tensor,
     gate_up_E2IH: Tensor | Quantized,
     down_EHI: Tensor | Quantized,
-    personal: tuple[Tensor, Tensor] | None,
+    personal: tuple[Tensor | Quantized, Tensor | Quantized] | None,
     gate_T: Tensor | None,
-    shared: tuple[Tensor, Tensor] | None,
+    shared: tuple[Tensor | Quantized, Tensor | Quantized] | None,
     shared_gate_T: Tensor | None,
     mix: str,
 ) -> Plan:
@@ -176,7 +176,7 @@ def make_plan(
     plan = Plan(offsets_E1.tolist(), order_N, closed_T, routed)
     everyone_T = torch.arange(tokens, dtype=torch.int32)
 
-    def dense(weights: tuple[Tensor, Tensor], scale_T: Tensor) -> Block:
+    def dense(weights: tuple[Tensor | Quantized, Tensor | Quantized], scale_T: Tensor) -> Block:
         gate_up_2IH, down_HI = weights
         return Block(gate_up_2IH[None], down_HI[None], everyone_T, scale_T.contiguous(), everyone=True)
 

@@ -260,7 +260,7 @@ def pieces(w: Weights, groups: Groups, tile: Tile, dtype: torch.dtype) -> Iterat
     for first in range(0, E, count):
         end = min(first + count, E)
         decode(w[first:end], buffer[: end - first])
-        yield buffer[: end - first], groups.of_experts(first, end)
+        yield buffer[: end - first], groups.of_experts(first, end) if groups.grouped else groups
 
 
 def decodable(plan: Plan, weights: Sequence[Weights], x: Tensor) -> Plan:

@@ -59,7 +59,7 @@ class Block(NamedTuple):
 
 
 def weights_of(stored: Tensor, scales: Tensor | None, columns: int) -> Weights:
-    """Routed weights as they are, or the codes and scales of quantised ones as one."""
+    """Weights as they are, or the codes and scales of quantised ones as one."""
     return stored if scales is None else Quantized(stored, scales, columns)
 
 
@@ -82,16 +82,29 @@ def routed_block(
     return Block(gate_up_E2IH, down_EHI, groups, plan), inverse_TK
 
 
-def dense_block(x_TH: Tensor, gate_up_2IH: Tensor | None, down_HI: Tensor | None) -> Block | None:
-    """An expert that every token passes through, its weights cast to x's dtype."""
+def dense_block(
+    x_TH: Tensor,
+    gate_up_2IH: Tensor | None,
+    down_HI: Tensor | None,
+    gate_up_scales: Tensor | None = None,
+    down_scales: Tensor | None = None,
+) -> Block | None:
+    """An expert that every token passes through; plain weights are cast to x's dtype."""
     if gate_up_2IH is None or down_HI is None:
         return None
-    (H, I), T = down_HI.shape, x_TH.shape[0]
-    plan = plan_for(x_TH.device, x_TH.dtype, H, I, 1, 1, T)
-    if gate_up_2IH.dtype != x_TH.dtype or down_HI.dtype != x_TH.dtype:
-        gate_up_2IH, down_HI = gate_up_2IH.to(x_TH.dtype), down_HI.to(x_TH.dtype)
-    gate_up_E2IH, down_EHI = gate_up_2IH.unsqueeze(0), down_HI.unsqueeze(0)
+    (T, H), I = x_TH.shape, gate_up_2IH.shape[0] // 2
+    gate_up_E2IH = alone(x_TH.dtype, gate_up_2IH, gate_up_scales, H)
+    down_EHI = alone(x_TH.dtype, down_HI, down_scales, I)
+    stored = plan_for(x_TH.device, x_TH.dtype, H, I, 1, 1, T, weights_text(gate_up_E2IH, down_EHI))
+    plan = decodable(stored, (gate_up_E2IH, down_EHI), x_TH)
     return Block(gate_up_E2IH, down_EHI, dense(T, plan.m), plan)
+
+
+def alone(dtype: torch.dtype, weight_AB: Tensor, scales: Tensor | None, columns: int) -> Weights:
+    """The weight of a dense expert as a stack of one, in ``dtype`` where it is plain."""
+    if scales is not None:
+        return Quantized(weight_AB.unsqueeze(0), scales.unsqueeze(0), columns)
+    return (weight_AB if weight_AB.dtype == dtype else weight_AB.to(dtype)).unsqueeze(0)
 
 
 def block_forward(x_TH: Tensor, block: Block | None, save_preact: bool) -> tuple[Tensor | None, Tensor]:
@@ -116,6 +129,8 @@ def experts_forward(
     gate_T: Tensor | None,
     shared_gate_up_2IH: Tensor | None,
     shared_down_HI: Tensor | None,
+    shared_gate_up_scales: Tensor | None,
+    shared_down_scales: Tensor | None,
     shared_gate_T: Tensor | None,
     mix: str,
     save_preact: bool,
@@ -142,7 +157,11 @@ def experts_forward(
             x_TH, dense_block(x_TH, personal_gate_up_2IH, personal_down_HI), save_preact
         )
         shared_TH, shared_preact = block_forward(
-            x_TH, dense_block(x_TH, shared_gate_up_2IH, shared_down_HI), save_preact
+            x_TH,
+            dense_block(
+                x_TH, shared_gate_up_2IH, shared_down_HI, shared_gate_up_scales, shared_down_scales
+            ),
+            save_preact,
         )
         y_TH = helpers.combine(
             y_NH,
@@ -244,6 +263,8 @@ def experts_backward(
     gate_T: Tensor | None,
     shared_gate_up_2IH: Tensor | None,
     shared_down_HI: Tensor | None,
+    shared_gate_up_scales: Tensor | None,
+    shared_down_scales: Tensor | None,
     shared_gate_T: Tensor | None,
     preact_N2I: Tensor,
     personal_preact_T2I: Tensor,
@@ -290,7 +311,9 @@ def experts_backward(
         shared = block_backward(
             grad_y_TH,
             x_TH,
-            dense_block(x_TH, shared_gate_up_2IH, shared_down_HI),
+            dense_block(
+                x_TH, shared_gate_up_2IH, shared_down_HI, shared_gate_up_scales, shared_down_scales
+            ),
             shared_preact_T2I,
             shared_gate_T,
             damp_T,
