@@ -11,6 +11,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 #include "cpu/table.h"
 
 namespace py = pybind11;
@@ -70,7 +71,13 @@ PYBIND11_MODULE(_cpu_ops, m) {
   m.attr("HIDDEN_UNIT") = flex::kHiddenUnit;
   m.def("scratch_bytes", &scratch_bytes);
 
-  m.def("advise_huge_pages", [](Address address, int64_t bytes) { flex::advise_huge_pages(at<void>(address), bytes); });
+  py::class_<flex::Pages>(m, "Pages", py::buffer_protocol(), "Bytes of a large buffer that comes and goes.")
+      .def(py::init<int64_t>())
+      .def_buffer([](flex::Pages& pages) {
+        return py::buffer_info(static_cast<uint8_t*>(pages.data()), static_cast<py::ssize_t>(pages.bytes()));
+      });
+  m.def("give_back_pages", &flex::give_back_pages, Unlocked());
+  m.attr("KEPT_BYTES") = flex::kKeptBytes;
   m.def("gather_rows", [](Address source, Address tokens, Address out, int64_t rows, int64_t bytes, int threads) {
     flex::gather_rows(at<void>(source), at<int32_t>(tokens), at<void>(out), rows, bytes, threads);
   }, Unlocked());

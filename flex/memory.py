@@ -7,6 +7,8 @@ import sys
 
 import torch
 
+from flex_kernels.cpu import ops
+
 PROC_STATUS, PROC_CLEAR = "/proc/self/status", "/proc/self/clear_refs"
 
 
@@ -53,8 +55,9 @@ def give_back_freed() -> None:
     """Return to the system what this process has freed, where its C library would keep it (glibc).
 
     Freed pieces between others that stay, as when large weights come and their small codes remain, would
-    otherwise count as the process's memory until it ends.
+    otherwise count as the process's memory until it ends. So would the kernels' large buffers.
     """
+    ops.kernels.give_back_pages()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

@@ -5,7 +5,6 @@ Letters: T tokens, H hidden, E experts, K chosen, I expert width, N = T*K rows, 
 """
 
 from array import array
-from pathlib import Path
 
 import pytest
 import torch
@@ -232,29 +231,3 @@ def test_segments_are_laid_out_from_their_blocks():
     ]
     with pytest.raises(ValueError, match="pieces and blocks must be of 5 and 37 words each, got 15 and 36"):
         native.lay_out_segments(blocks[:36], pieces)
-
-
-def flags_of_memory_at(address: int) -> list[str]:
-    """The kernel's flags of the mapping that holds an address."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first = line.split(maxsplit=1)[0]
-        if "-" in first and not first.endswith(":"):
-            low, high = (int(end, 16) for end in first.split("-"))
-            inside = low <= address < high
-        elif inside and first == "VmFlags:":
-            return line.split()[1:]
-    raise AssertionError(f"no mapping holds {address:#x}")
-
-
-@pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="no huge pages on this system"
-)
-def test_large_buffers_ask_for_huge_pages_and_small_ones_do_not():
-    large = native.empty(48 << 10, 1 << 9, dtype=torch.bfloat16)
-    assert large.shape == (48 << 10, 1 << 9) and large.dtype == torch.bfloat16
-    assert "hg" in flags_of_memory_at(large.data_ptr() + large.nbytes // 2)
-    # Of a size that malloc maps by itself, so that the flag can be no neighbour's.
-    plain = torch.empty(48 << 20, dtype=torch.uint8)
-    assert "hg" not in flags_of_memory_at(plain.data_ptr() + plain.nbytes // 2)
-    assert native.empty(3, 5, dtype=torch.float32).shape == (3, 5)

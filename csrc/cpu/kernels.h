@@ -117,9 +117,6 @@ const Kernels* avx2_kernels();    // null where this build or this processor lac
 const Kernels* avx512_kernels();  // AVX-512 F, BW, DQ, VL, VBMI, VNNI and BF16
 const Kernels* amx_kernels();     // these, AMX-TILE and AMX-BF16
 
-// Asks for huge pages under [address, address + bytes), where the system gives them on request; else does nothing.
-void advise_huge_pages(void* address, int64_t bytes);
-
 // Rows of `source` [., bytes] picked by `tokens` into `out` [rows, bytes].
 void gather_rows(const void* source, const int32_t* tokens, void* out, int64_t rows, int64_t bytes, int threads);
 

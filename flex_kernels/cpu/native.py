@@ -8,6 +8,7 @@ Letters: T tokens, H hidden, E routed experts, K chosen, G sigmoid gates, R = E 
 from __future__ import annotations
 
 import importlib
+import math
 from array import array
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch import Tensor
 # After torch: its own libgomp must be the one in the process, so that both share one pool of threads.
 _cpu_ops: Any = importlib.import_module("flex_kernels._cpu_ops")
 
-# Buffers from this size on ask for huge pages: the system hands out fresh pages one by one, and with those of
-# 4 KiB that took up to 4% of a step of 8,192 tokens.
-HUGE_PAGES_FROM = 8 << 20
+# Buffers from this size on are made of pages that the process keeps: fresh ones took 5% of a step of 8,192 tokens.
+PAGES_FROM = 8 << 20
+# Most bytes of freed ones that it keeps.
+KEPT_BYTES: int = _cpu_ops.KEPT_BYTES
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SEGMENT_WORDS: int = _cpu_ops.SEGMENT_WORDS
 BLOCK_WORDS: int = _cpu_ops.BLOCK_WORDS
@@ -39,6 +41,7 @@ isa = _cpu_ops.isa
 isas = _cpu_ops.isas
 set_isa = _cpu_ops.set_isa
 scratch_bytes = _cpu_ops.scratch_bytes
+give_back_pages = _cpu_ops.give_back_pages
 
 
 def address(name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -56,11 +59,17 @@ def address(name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, .
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """A tensor whose memory is cheap to touch for the first time, however large."""
-    t = torch.empty(shape, dtype=dtype)
-    if t.nbytes >= HUGE_PAGES_FROM:
-        _cpu_ops.advise_huge_pages(t.data_ptr(), t.nbytes)
-    return t
+    """A tensor for values that do not outlive a step: a large one is in memory that an earlier one had.
+
+    Raises:
+        MemoryError: the system has not as much.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < PAGES_FROM:
+        return torch.empty(shape, dtype=dtype)
+    pages = torch.frombuffer(_cpu_ops.Pages(size), dtype=torch.uint8)
+    # Not a view of the bytes: autograd treats views apart.
+    return torch.empty(0, dtype=dtype).set_(pages.untyped_storage(), 0, shape)
 
 
 def dtype_code(name: str, t: Tensor) -> int:
