@@ -180,7 +180,9 @@ def check_arguments(
             raise TypeError(f"personal must be a Personal or None, got {type(personal).__name__}")
         for name, t in (("gate_up", personal.gate_up), ("down", personal.down)):
             if isinstance(t, Quantized):
-                raise TypeError(f"personal.{name} must be a tensor: a personal expert is trained, got {t.kind}")
+                raise TypeError(
+                    f"personal.{name} must be a tensor, as a personal expert is trained, got {t.kind}"
+                )
         check_ffn("personal", personal.gate_up, personal.down, hidden, device)
         check_tensor("personal.gate_weight", personal.gate_weight, (hidden,), device)
         if personal.gate_bias is not None:

@@ -130,7 +130,7 @@ class Shared:
 
     @classmethod
     def quantize(cls, gate_up: Tensor, down: Tensor, kind: Kind, gate_weight: Tensor | None = None) -> Shared:
-        """A frozen shared expert in 8 bits ("int8") or 4 ("nf4"), as :meth:`Experts.quantize`; its gate stays.
+        """A frozen shared expert in 8 bits ("int8") or 4 ("nf4"), as :meth:`Experts.quantize`.
 
         Raises:
             TypeError, ValueError: as :func:`flex_kernels.quantize.quantize`.

@@ -248,7 +248,8 @@ def test_the_permission_is_a_bool_and_off_at_first():
 @pytest.mark.parametrize("T", [1, 6, 40, 200])
 def test_a_shared_expert_is_multiplied_as_a_routed_one_that_every_token_chose(allowed, T, kind):
     generator = torch.Generator().manual_seed(T)
-    gate_up, down = (torch.randn(s, generator=generator) * s[-1] ** -0.5 for s in ((1, 600, 200), (1, 200, 300)))
+    sizes = (1, 600, 200), (1, 200, 300)
+    gate_up, down = (torch.randn(s, generator=generator) * s[-1] ** -0.5 for s in sizes)
     x_TH, dy_TH = (torch.randn(T, 200, generator=generator).bfloat16() for _ in "xy")
     nobody, everyone = torch.full((T, 1), 1), torch.zeros(T, 1, dtype=torch.int64)
     experts, shared = Experts.quantize(gate_up, down, kind), Shared.quantize(gate_up[0], down[0], kind)

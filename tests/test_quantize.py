@@ -182,7 +182,7 @@ def test_codes_of_a_shared_expert_that_do_not_fit_are_named():
     for changed, message in (
         (replace(shared, down=shared.down[1:]), r"shared.down must be \[24, 14\], got nf4 \[23, 14\]"),
         (replace(shared, gate_up=shared.gate_up[None]), r"shared.gate_up must be \[2\*I, 24\], got nf4"),
-        (replace(shared, gate_up=replace(shared.gate_up, scales=shared.down.scales)), "nf4 of 24 columns has"),
+        (replace(shared, gate_up=replace(shared.gate_up, scales=shared.down.scales)), "nf4 of 24 columns"),
     ):
         with pytest.raises(ValueError, match=message):
             flex_moe(case.x_TH, case.router, case.experts, None, changed)
@@ -191,7 +191,7 @@ def test_codes_of_a_shared_expert_that_do_not_fit_are_named():
 def test_a_personal_expert_in_codes_is_refused():
     case = quantised_case()
     personal = replace(case.personal, down=quantize(case.personal.down, "int8"))
-    with pytest.raises(TypeError, match="personal.down must be a tensor: .* got int8"):
+    with pytest.raises(TypeError, match=r"personal.down must be a tensor.* got int8"):
         flex_moe(case.x_TH, case.router, case.experts, personal)
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 # After torch: its own libgomp must be the one in the process, so that both share one pool of threads.
 _cpu_ops: Any = importlib.import_module("flex_kernels._cpu_ops")
 
-# Buffers from this size on are made of pages that the process keeps: fresh ones took 5% of a step of 8,192 tokens.
+# Buffers from this size on are made of pages that the process keeps: fresh ones took 5% of a step of 8,192
+# tokens.
 PAGES_FROM = 8 << 20
 # Most bytes of freed ones that it keeps.
 KEPT_BYTES: int = _cpu_ops.KEPT_BYTES
@@ -69,7 +70,7 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
     pages = torch.frombuffer(_cpu_ops.Pages(size), dtype=torch.uint8)
     # Not a view of the bytes: autograd treats views apart.
-    return torch.empty(0, dtype=dtype).set_(pages.untyped_storage(), 0, shape)
+    return torch.empty(0, dtype=dtype).set_(pages.untyped_storage(), 0, shape)  # type: ignore[call-overload]
 
 
 def dtype_code(name: str, t: Tensor) -> int:

@@ -158,9 +158,7 @@ def experts_forward(
         )
         shared_TH, shared_preact = block_forward(
             x_TH,
-            dense_block(
-                x_TH, shared_gate_up_2IH, shared_down_HI, shared_gate_up_scales, shared_down_scales
-            ),
+            dense_block(x_TH, shared_gate_up_2IH, shared_down_HI, shared_gate_up_scales, shared_down_scales),
             save_preact,
         )
         y_TH = helpers.combine(
@@ -311,9 +309,7 @@ def experts_backward(
         shared = block_backward(
             grad_y_TH,
             x_TH,
-            dense_block(
-                x_TH, shared_gate_up_2IH, shared_down_HI, shared_gate_up_scales, shared_down_scales
-            ),
+            dense_block(x_TH, shared_gate_up_2IH, shared_down_HI, shared_gate_up_scales, shared_down_scales),
             shared_preact_T2I,
             shared_gate_T,
             damp_T,
