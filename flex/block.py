@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flex.models import Adapter, find_blocks
 from flex.models.base import check_shared
 from flex.personal import PersonalCopy, PersonalLoRA
+from flex.shared_experts import QuantizedMLP
 from flex_kernels import Routed, Router, Shared, checkpoint_contexts, flex_moe
 from flex_kernels.types import Mix, Save
 
@@ -116,6 +117,8 @@ class GraftedBlock(nn.Module):
         if parts is None:
             return None
         module, _ = parts
+        if isinstance(module, QuantizedMLP):
+            return self.adapter.shared_expert(self)
         check_shared(module, self.adapter.shared or "")
         gate, up = module.gate_proj.weight, module.up_proj.weight
         if gate.requires_grad or up.requires_grad:
@@ -136,10 +139,11 @@ class GraftedBlock(nn.Module):
     def stack_shared(self) -> None:
         """Lay the shared expert's gate and up weights in one [2 Is, H] memory, of which both become views.
 
-        The layer wants them stacked; this way nothing is kept twice and nothing is copied at a call.
+        The layer wants them stacked; this way nothing is kept twice and nothing is copied at a call. Codes
+        have been stacked for good.
         """
         parts = self.adapter.shared_parts(self)
-        if parts is None:
+        if parts is None or isinstance(parts[0], QuantizedMLP):
             return
         gate, up = parts[0].gate_proj.weight, parts[0].up_proj.weight
         stack = torch.cat((gate.detach(), up.detach()))

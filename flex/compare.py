@@ -140,8 +140,10 @@ def description(
         "state of what is trained, the same for all."
     )
     if config.model.experts:
+        shared = config.model.shared_experts
         text += (
-            f" Frozen experts of flex_kernels' layer in {config.model.experts}; the stock layer knows only "
+            f" Frozen experts of flex_kernels' layer in {config.model.experts}"
+            f"{f', shared ones in {shared}' if shared else ''}; the stock layer knows only "
             f"{config.model.dtype}."
         )
     return text + "".join(f" Not measured: {reason}." for reason in failed.values())
@@ -219,7 +221,8 @@ def measure(layer: str, config: Config, batches: Sequence[Batch]) -> dict[str, A
         torch.set_num_threads(config.run.threads)
     if layer not in OURS:
         # transformers' layers know no quantised experts: they run on the model as it is.
-        config = replace(config, model=replace(config.model, experts="", int8_products=False))
+        plain = replace(config.model, experts="", shared_experts="", int8_products=False)
+        config = replace(config, model=plain)
     model, _ = load_model(config)
     return measure_model(model, layer, config, batches)
 

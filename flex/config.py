@@ -89,6 +89,11 @@ class Model(Table):
         "of the frozen routed experts: '' holds them as the checkpoint does, 'int8' and 'nf4' quantise them",
         choices=("", "int8", "nf4"),
     )
+    shared_experts: str = setting(
+        "",
+        "likewise of the frozen shared experts, beside quantised routed ones",
+        choices=("", "int8", "nf4"),
+    )
     int8_products: bool = setting(
         False,
         "with quantised experts: also round what they meet to int8, where the CPU is faster so",
@@ -247,6 +252,11 @@ class Config:
         if model.int8_products and not model.experts:
             raise ConfigError(
                 "model.int8_products=true goes with model.experts='int8' or 'nf4', "
+                f"got model.experts={model.experts!r}"
+            )
+        if model.shared_experts and not model.experts:
+            raise ConfigError(
+                f"model.shared_experts={model.shared_experts!r} goes with model.experts='int8' or 'nf4', "
                 f"got model.experts={model.experts!r}"
             )
         if model.experts and model.experts_implementation != "flex_kernels":

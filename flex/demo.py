@@ -27,7 +27,7 @@ class DemoSettings:
         steps: a client's optimiser steps a round.
         quick: as little of everything as still goes through every part; overrides nothing that is given.
         threads: of the CPU; 0 is torch's default.
-        experts: "int8" or "nf4" quantises the frozen experts of all three runs; "" does not.
+        experts, shared_experts: "int8" or "nf4" quantises the frozen experts of all three runs; "" does not.
     """
 
     out: Path
@@ -41,6 +41,7 @@ class DemoSettings:
     seed: int = 0
     threads: int = 0
     experts: str = ""
+    shared_experts: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,11 @@ def demo_config(settings: DemoSettings, strategy: str) -> Config:
     """
     size = size_of(settings)
     tables: dict[str, dict[str, Any]] = {
-        "model": {"path": settings.model, "experts": settings.experts},
+        "model": {
+            "path": settings.model,
+            "experts": settings.experts,
+            "shared_experts": settings.shared_experts,
+        },
         "data": {"max_length": 384},
         "federation": {"strategy": strategy, "rounds": settings.rounds or size.rounds},
         "training": {

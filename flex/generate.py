@@ -96,16 +96,18 @@ def streamer(tokenizer: Any, take: Callable[[str], None]) -> Any:
     return Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def open_writer(source: str, client: str | None = None, experts: str = "") -> Writer:
+def open_writer(
+    source: str, client: str | None = None, experts: str = "", shared_experts: str = ""
+) -> Writer:
     """A run's folder with one of its clients, or a model: a folder, a Hugging Face id, or "demo".
 
     Args:
-        experts: "int8" or "nf4" quantises the routed experts of a model while it is loaded; a run has a
-            setting of its own.
+        experts, shared_experts: "int8" or "nf4" quantises them while a model is loaded; a run has settings of
+            its own.
 
     Raises:
         ValueError: a run without ``client``, a client that the run does not know, a client for a model that
-            is no run, ``experts`` for a run.
+            is no run, ``experts`` or ``shared_experts`` for a run.
         RuntimeError: the run's files cannot be read.
     """
     from flex.session import load_model, load_session
@@ -118,11 +120,13 @@ def open_writer(source: str, client: str | None = None, experts: str = "") -> Wr
         # A folder is meant as such, also when it holds no model: the network is not asked for its name.
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise ValueError(f"{source} is neither a run (config.toml) nor a model (config.json)")
-        return Writer(*load_model(replace(Config(), model=Model(path=source, experts=experts))))
-    if experts:
-        raise ValueError(
-            f"experts={experts!r}: {source} is a run, which has model.experts in its config.toml"
-        )
+        model = Model(path=source, experts=experts, shared_experts=shared_experts)
+        return Writer(*load_model(replace(Config(), model=model)))
+    for name, given in (("experts", experts), ("shared_experts", shared_experts)):
+        if given:
+            raise ValueError(
+                f"{name}={given!r}: {source} is a run, which has model.{name} in its config.toml"
+            )
     store = Store(folder)
     store.committed = store.read_latest()
     if store.committed is None:

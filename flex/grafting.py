@@ -25,6 +25,13 @@ from flex.quantized import (
     quantize_experts,
 )
 from flex.select import Batch, Selection, select_experts
+from flex.shared_experts import (
+    check_shared_can_become,
+    held_bytes,
+    quantize_shared,
+    shared_kind_of,
+    shared_modules,
+)
 from flex_kernels.check import DTYPES, check_option
 from flex_kernels.dispatch import resolve_backend
 from flex_kernels.quantize import Kind
@@ -45,6 +52,7 @@ class GraftReport:
         frozen: number of weights that will not, quantised ones included.
         experts: how the frozen routed experts are held: "int8", "nf4", or None in the model's own dtype.
         expert_bytes_before, expert_bytes: what they held before and hold now.
+        shared_experts, shared_expert_bytes_before, shared_expert_bytes: likewise of the shared experts.
     """
 
     start: dict[str, int | None]
@@ -56,6 +64,9 @@ class GraftReport:
     experts: Kind | None
     expert_bytes_before: int
     expert_bytes: int
+    shared_experts: Kind | None
+    shared_expert_bytes_before: int
+    shared_expert_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -69,6 +80,9 @@ class GraftReport:
             "experts": self.experts,
             "expert_bytes_before": self.expert_bytes_before,
             "expert_bytes": self.expert_bytes,
+            "shared_experts": self.shared_experts,
+            "shared_expert_bytes_before": self.shared_expert_bytes_before,
+            "shared_expert_bytes": self.shared_expert_bytes,
         }
 
     def table(self) -> list[tuple[str, ...]]:
@@ -91,15 +105,17 @@ def graft(
     alpha: float = 16.0,
     start: Sequence[int] | None = None,
     experts: Kind | None = None,
+    shared_experts: Kind | None = None,
     importance: Importance | None = None,
     personal_dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> GraftReport:
     """Put the fused FLEx layer in every MoE block of a Hugging Face model, in place, and freeze the rest.
 
-    The pretrained weights are neither copied nor renamed (``experts`` may quantise some). LoRA adapters that
-    :func:`flex.add_lora` put in before stay trainable. With its gates shut the grafted model computes what it
-    did before (in bf16 and fp16 up to the router's rounding: the fused layer scores experts in float32).
+    The pretrained weights are neither copied nor renamed (``experts`` and ``shared_experts`` may quantise
+    some). LoRA adapters that :func:`flex.add_lora` put in before stay trainable. With its gates shut the
+    grafted model computes what it did before (in bf16 and fp16 up to the router's rounding: the fused layer
+    scores experts in float32).
 
     Args:
         model: a supported architecture (Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V2 and V3).
@@ -117,6 +133,9 @@ def graft(
         experts: "int8" or "nf4" quantises the frozen routed experts in place, layer by layer (see
             :mod:`flex_kernels.quantize`); personal experts then begin as the decoded expert. None leaves them
             as they are. :func:`flex.load` quantises while it loads, so that the model never has to fit first.
+        shared_experts: likewise of the shared experts of an architecture that has them, beside quantised
+            routed ones. Every token passes through them: their rounding weighs more, and "int8" loses next to
+            nothing.
         importance: of :func:`flex.column_importance`, for ``experts="nf4"``: rounding spares the columns that
             count. None counts all alike.
         personal_dtype: of the personal experts' matrices; None keeps the model's. float32 is what an
@@ -148,7 +167,8 @@ def graft(
         raise ValueError(f"alpha={alpha!r} must be a number above 0, and finite")
     if personal_dtype is not None and personal_dtype not in DTYPES:
         raise TypeError(f"personal_dtype={personal_dtype!r} is not one of {', '.join(map(str, DTYPES))}")
-    check_kind(experts)
+    check_kind("experts", experts)
+    check_kind("shared_experts", shared_experts)
     check_one_source(calibration, start, personal)
 
     blocks = find_blocks(model)
@@ -159,9 +179,12 @@ def graft(
     check_can_become(experts, held, layers)
     check_importance(importance, None if experts == held else experts, layers)
     counts = {name: layer.count for name, layer in layers.items()}
-    bytes_before = expert_bytes(layers.values())
+    shared = shared_modules(blocks)
+    shared_held = shared_kind_of(shared.values())
+    check_shared_can_become(shared_experts, shared_held, experts or held, shared)
+    bytes_before, shared_bytes_before = expert_bytes(layers.values()), held_bytes(shared.values())
     # Float weights are let go layer by layer below: nothing here may hold on to them.
-    del layers, layer
+    del layers, layer, shared
     selection = None if calibration is None else select_experts(model, calibration, backend)
     chosen = [None] * len(blocks) if personal is None else resolve(selection or start, counts)
 
@@ -172,6 +195,8 @@ def graft(
         if experts is not None and experts != held:
             of_columns = None if importance is None else importance[name]
             quantize_experts(adapter.part(block, "experts"), experts, of_columns)
+        if shared_experts is not None and shared_experts != shared_held:
+            quantize_shared(block, adapter.shared or "", shared_experts)
         grafted = GraftedBlock(block, adapter, mix, save, backend)
         if expert is not None:
             frozen, row = adapter.experts(grafted), adapter.router(grafted).weight[expert]
@@ -181,8 +206,8 @@ def graft(
                 grafted.personal = PersonalLoRA(frozen, expert, row, personal_dtype, rank, alpha, generator)
         model.set_submodule(name, grafted)
     pass_checkpointing_on(model)
-    if experts is not None:
-        refuse_save_pretrained(model, experts)
+    if experts is not None or shared_experts is not None:
+        refuse_save_pretrained(model, experts or held)  # type: ignore[arg-type]
     return GraftReport(
         start=dict(zip(blocks, chosen)),
         selection=selection,
@@ -193,6 +218,9 @@ def graft(
         experts=experts or held,
         expert_bytes_before=bytes_before,
         expert_bytes=expert_bytes(adapter.experts(block) for block, adapter in blocks.values()),
+        shared_experts=shared_experts or shared_held,
+        shared_expert_bytes_before=shared_bytes_before,
+        shared_expert_bytes=held_bytes(shared_modules(blocks).values()),
     )
 
 

@@ -1,4 +1,4 @@
-"""Models with quantised routed experts: loaded piece by piece from any checkpoint, saved, loaded again."""
+"""Models with quantised experts: loaded piece by piece from any checkpoint, saved, loaded again."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from flex.block import moe_blocks
 from flex.files import flush_to_disk, save_tensors
 from flex.hf_quantizer import METHOD, ExpertsConfig, Unfit
 from flex.importance import Importance
-from flex.models import Unsupported
+from flex.models import ADAPTERS, Unsupported, find_blocks
 from flex.quantized import check_kind, kind_of
 from flex.shards import INDEX, first_few, open_shards, shard_files
+from flex.shared_experts import quantize_shared, shared_kind_of, shared_modules
 from flex_kernels.quantize import KINDS, Kind
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -43,6 +44,7 @@ def load(
     attn_implementation: str | None = None,
     revision: str | None = None,
     importance: Importance | None = None,
+    shared_experts: Kind | None = None,
 ) -> Any:
     """A causal language model whose routed experts are held in 8 or 4 bits; the whole never has to fit.
 
@@ -61,6 +63,8 @@ def load(
         attn_implementation, revision: as for ``from_pretrained``.
         importance: of :func:`flex.column_importance`, for ``experts="nf4"`` of a plain checkpoint: rounding
             spares the columns that count most. A model that this function loaded without one can tell it.
+        shared_experts: "int8" or "nf4" holds the shared experts so too, beside quantised routed ones; None as
+            the checkpoint has them. See :func:`flex.graft`.
 
     Returns:
         The model in evaluation mode, on the CPU.
@@ -70,17 +74,15 @@ def load(
         FileNotFoundError, ValueError, OSError: no such checkpoint; a shard that is missing, truncated or not
             the one that the index describes (named); tensors that are missing or have another shape; a
             checkpoint whose experts are quantised otherwise; an ``importance`` without use, or of another
-            model.
+            model; ``shared_experts`` of a model without any, or beside plain routed experts.
         TypeError: ``importance`` is no mapping of pairs of float tensors.
     """
-    check_kind(experts)
+    check_kind("experts", experts)
+    check_kind("shared_experts", shared_experts)
     path = os.fspath(path)
     config = AutoConfig.from_pretrained(path, revision=revision)
-    stored = stored_kind(config)
-    if experts is not None and stored not in (None, experts):
-        raise ValueError(
-            f"experts={experts!r}: {path} is quantised already, with {stored!r}; load the original"
-        )
+    check_kinds(path, config, experts, shared_experts)
+    stored, stored_shared = stored_kinds(config)
     if importance is not None and (experts != "nf4" or stored is not None):
         what = f"experts={experts!r}" if stored is None else f"{path} is quantised already"
         raise ValueError(f"importance is for a plain checkpoint and experts='nf4', but {what}: leave it out")
@@ -91,14 +93,40 @@ def load(
         plain = dict(revision=revision, dtype=dtype or "auto")
         return AutoModelForCausalLM.from_pretrained(path, **plain, **options)
     if stored is None:
-        options["quantization_config"] = ExpertsConfig(experts, importance=importance)  # type: ignore[arg-type]
+        wanted = ExpertsConfig(experts, importance=importance, shared_experts=shared_experts)  # type: ignore[arg-type]
+        options["quantization_config"] = wanted
     with open_shards(shard_files(path, revision)) as tensors:
         model = load_tensors_into_model(path, config, tensors, dtype, options)
+    if stored is not None and shared_experts is not None and stored_shared is None:
+        for block, adapter in find_blocks(model).values():
+            quantize_shared(block, adapter.shared or "", shared_experts)
     model.config.name_or_path = model.name_or_path = path
     # Without a file the model keeps the one that its configuration implies.
     with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
     return model
+
+
+def check_kinds(path: str, config: PreTrainedConfig, experts: Kind | None, shared: Kind | None) -> None:
+    """Raise ValueError if the checkpoint ``path`` cannot be held in the way that :func:`load` is asked."""
+    stored, stored_shared = stored_kinds(config)
+    if experts is not None and stored not in (None, experts):
+        raise ValueError(
+            f"experts={experts!r}: {path} is quantised already, with {stored!r}; load the original"
+        )
+    if shared is None:
+        return
+    if any(a.architecture == config.model_type and a.shared is None for a in ADAPTERS):
+        raise ValueError(f"shared_experts={shared!r}: {path}, a {config.model_type}, has no shared experts")
+    if experts is None and stored not in KINDS:
+        raise ValueError(
+            f"shared_experts={shared!r} goes with quantised routed experts: give experts='int8' or 'nf4' too"
+        )
+    if stored_shared not in (None, shared):
+        raise ValueError(
+            f"shared_experts={shared!r}: those of {path} are quantised already, with {stored_shared!r}; "
+            "load the original"
+        )
 
 
 def load_tensors_into_model(
@@ -142,14 +170,18 @@ def load_tensors_into_model(
     return model
 
 
-def stored_kind(config: PreTrainedConfig) -> str | None:
-    """How :func:`save` left a checkpoint's experts, or the name of another way of quantising; None: plain."""
+def stored_kinds(config: PreTrainedConfig) -> tuple[str | None, str | None]:
+    """How :func:`save` left a checkpoint's routed and shared experts, or the name of another way of
+    quantising; None: plain.
+    """
     given = getattr(config, "quantization_config", None)
     if given is None:
-        return None
+        return None, None
     settings = given if isinstance(given, dict) else given.to_dict()
     method = settings.get("quant_method")
-    return settings.get("experts") if method == METHOD else str(method)
+    if method != METHOD:
+        return str(method), None
+    return settings.get("experts"), settings.get("shared_experts")
 
 
 def first_float(tensors: dict[str, Any]) -> torch.dtype:
@@ -172,11 +204,13 @@ def save(model: PreTrainedModel, folder: str | os.PathLike, tokenizer: Any = Non
         FileExistsError: ``folder`` holds something.
         OSError: the disk is full or not writable.
     """
-    kind = kind_of(adapter.experts(block) for block, adapter in moe_blocks(model).values())
+    blocks = moe_blocks(model)
+    kind = kind_of(adapter.experts(block) for block, adapter in blocks.values())
     if kind is None:
         raise ValueError(
             f"the routed experts of {type(model).__name__} are not quantised: use save_pretrained"
         )
+    shared_kind = shared_kind_of(shared_modules(blocks).values())
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty folder")
@@ -188,7 +222,7 @@ def save(model: PreTrainedModel, folder: str | os.PathLike, tokenizer: Any = Non
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
         config.dtype = model.dtype
-        config.quantization_config = ExpertsConfig(kind).to_dict()
+        config.quantization_config = ExpertsConfig(kind, shared_experts=shared_kind).to_dict()
         config.save_pretrained(temporary)
         if model.can_generate():
             model.generation_config.save_pretrained(temporary)

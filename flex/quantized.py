@@ -20,10 +20,10 @@ from flex_kernels.quantize import KINDS, Kind, Quantized, quantize
 WEIGHTS = ("gate_up_proj", "down_proj")
 
 
-def check_kind(kind: object) -> None:
-    """Raise ValueError unless ``kind`` is None or names a way to quantise."""
+def check_kind(name: str, kind: object) -> None:
+    """Raise ValueError unless ``kind``, given as ``name``, is None or a way to quantise."""
     if kind is not None and kind not in KINDS:
-        raise ValueError(f"experts={kind!r} is not one of None, {', '.join(map(repr, KINDS))}")
+        raise ValueError(f"{name}={kind!r} is not one of None, {', '.join(map(repr, KINDS))}")
 
 
 def kind_of(experts: Iterable[Experts]) -> Kind | None:
@@ -32,15 +32,20 @@ def kind_of(experts: Iterable[Experts]) -> Kind | None:
     Raises:
         ValueError: not all in one way.
     """
-    kinds = {
-        weight.kind if isinstance(weight, Quantized) else None
-        for layer in experts
-        for weight in (layer.gate_up, layer.down)
-    }
+    return one_kind("routed", (weight for layer in experts for weight in (layer.gate_up, layer.down)))
+
+
+def one_kind(which: str, weights: Iterable[object]) -> Kind | None:
+    """How these weights of the ``which`` experts are held; None: not quantised.
+
+    Raises:
+        ValueError: not all in one way.
+    """
+    kinds = {weight.kind if isinstance(weight, Quantized) else None for weight in weights}
     if len(kinds) > 1:
         named = ", ".join(sorted("plain" if kind is None else kind for kind in kinds))
         raise ValueError(
-            f"the routed experts are held in different ways ({named}): quantise all of them alike"
+            f"the {which} experts are held in different ways ({named}): quantise all of them alike"
         )
     return kinds.pop() if kinds else None
 
@@ -77,10 +82,13 @@ def check_can_become(kind: Kind | None, held: Kind | None, layers: Mapping[str, 
     for name, experts in layers.items():
         for index in range(experts.count):
             for part, weight in zip(("gate_up", "down"), experts.expert(index)):
-                if not torch.isfinite(weight).all():
-                    raise ValueError(
-                        f"{part} of expert {index} of layer {name} has values that are not finite"
-                    )
+                check_finite(weight, f"{part} of expert {index} of layer {name}")
+
+
+def check_finite(weight: Tensor, what: str) -> None:
+    """Raise ValueError if there is nothing that a value of ``weight`` could be rounded to."""
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{what} has values that are not finite")
 
 
 def expert_bytes(experts: Iterable[Experts]) -> int:

@@ -137,7 +137,8 @@ def usable_device(config: Config) -> torch.device:
 def load_model(config: Config) -> tuple[Any, Any]:
     """(frozen model in eval mode on its device, tokenizer).
 
-    Its routed experts are quantised where ``model.experts`` asks, and never all in memory before that.
+    Its experts are quantised where ``model.experts`` and ``model.shared_experts`` ask, and never all in
+    memory before that.
 
     Raises ConfigError: ``model.path`` cannot be loaded, or ``model.device`` is not there.
     """
@@ -159,8 +160,12 @@ def load_model(config: Config) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        dtype, experts = getattr(torch, config.model.dtype), config.model.experts or None
-        model = load(path, experts, dtype, attn_implementation=PACKED)  # type: ignore[arg-type]
+        kinds: dict[str, Any] = {
+            "experts": config.model.experts or None,
+            "shared_experts": config.model.shared_experts or None,
+        }
+        dtype = getattr(torch, config.model.dtype)
+        model = load(path, dtype=dtype, attn_implementation=PACKED, **kinds)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={path!r} cannot be loaded: {error}") from error
     finally:

@@ -67,6 +67,9 @@ def add_experts(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--experts", choices=("int8", "nf4"), help=f"quantise the frozen routed experts {what} to 8 or 4 bits"
     )
+    parser.add_argument(
+        "--shared-experts", choices=("int8", "nf4"), help="likewise the shared experts, with --experts"
+    )
 
 
 def some_folder(text: str) -> Path:

@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.seed,
         arguments.threads,
         arguments.experts or "",
+        arguments.shared_experts or "",
     )
 
     def say(text: str) -> None:

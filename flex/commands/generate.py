@@ -32,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     from flex.generate import open_writer
 
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    writer = open_writer(arguments.source, arguments.client, arguments.experts or "")
+    experts, shared_experts = arguments.experts or "", arguments.shared_experts or ""
+    writer = open_writer(arguments.source, arguments.client, experts, shared_experts)
     if arguments.compare and not writer.personal:
         raise ValueError(f"--compare: {arguments.source} has no personal experts to leave out")
     for shut in (False, True) if arguments.compare else (False,):

@@ -52,7 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
     from flex.files import atomic_write
     from flex.session import load_model
 
-    settings = Model(path=arguments.model, dtype=arguments.dtype, experts=arguments.experts or "")
+    settings = Model(
+        path=arguments.model,
+        dtype=arguments.dtype,
+        experts=arguments.experts or "",
+        shared_experts=arguments.shared_experts or "",
+    )
     model, tokenizer = load_model(replace(Config(), model=settings))
     device = next(model.parameters()).device
     report = flex.graft(
@@ -75,7 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
     headings, *lines = report.table()
     print_table(f"{arguments.model}: experts chosen on {len(rows)} rows", headings, lines)
     print(f"{report.trainable:,} parameters to train, {report.frozen:,} frozen")
-    held = f"in {report.experts}" if report.experts else f"in {arguments.dtype}"
-    print(f"routed experts {held}: {report.expert_bytes / 2**20:,.1f} MiB")
+    print(f"routed experts in {report.experts or arguments.dtype}: {report.expert_bytes / 2**20:,.1f} MiB")
+    if report.shared_expert_bytes:
+        held = report.shared_experts or arguments.dtype
+        print(f"shared experts in {held}: {report.shared_expert_bytes / 2**20:,.1f} MiB")
     print(arguments.out / "personal.safetensors")
     return 0

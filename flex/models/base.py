@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flex.shared_experts import PROJECTIONS, QuantizedMLP
 from flex_kernels import Experts, Routed, Router, Shared
 from flex_kernels.checkpoint import keep_ids
 from flex_kernels.modules import record_of
@@ -64,13 +65,17 @@ def check_experts(module: nn.Module) -> None:
 
 
 def check_shared(module: nn.Module, where: str) -> None:
-    """Raise :class:`Unsupported` unless ``module`` is down(silu(gate x) * up x) of Linears without bias."""
+    """Raise :class:`Unsupported` unless ``module`` is down(silu(gate x) * up x), of Linears without bias or
+    quantised.
+    """
+    if isinstance(module, QuantizedMLP):
+        return
     if not is_silu(getattr(module, "act_fn", None)):
         activation = type(getattr(module, "act_fn", None)).__name__
         raise Unsupported(
             f"{where} uses the activation {activation}: flex_kernels computes SiLU (hidden_act='silu')"
         )
-    for part in ("gate_proj", "up_proj", "down_proj"):
+    for part in PROJECTIONS:
         linear = getattr(module, part, None)
         if type(linear) is not nn.Linear:
             raise Unsupported(
@@ -172,6 +177,8 @@ class Adapter:
         if parts is None:
             return None
         module, gate_weight = parts
+        if isinstance(module, QuantizedMLP):
+            return module.record(gate_weight)
         if gate_up is None:
             gate_up = torch.cat((module.gate_proj.weight, module.up_proj.weight))
         return Shared(gate_up, module.down_proj.weight, gate_weight)
