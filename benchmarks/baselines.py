@@ -53,12 +53,16 @@ class Layer:
     down: Tensor
     shared: tuple[Tensor, Tensor, Tensor] | None
     personal: tuple[Tensor, Tensor, Tensor, Tensor]
-    coded: dict[Kind, Experts] = field(default_factory=dict)
+    coded: dict[Kind, tuple[Experts, Shared | None]] = field(default_factory=dict)
 
-    def quantized(self, kind: Kind) -> Experts:
-        """The experts in 8 or 4 bits; made at the first call and kept."""
+    def quantized(self, kind: Kind) -> tuple[Experts, Shared | None]:
+        """The routed experts in 8 or 4 bits and the shared one in 8; made at the first call and kept."""
         if kind not in self.coded:
-            self.coded[kind] = Experts.quantize(self.gate_up, self.down, kind)
+            shared = None
+            if self.shared is not None:
+                gate_up, down, gate_weight = self.shared
+                shared = Shared.quantize(gate_up, down, "int8", gate_weight)
+            self.coded[kind] = Experts.quantize(self.gate_up, self.down, kind), shared
         return self.coded[kind]
 
 
@@ -90,8 +94,11 @@ def flex_layer(
 ) -> Callable[[Tensor], Tensor]:
     """``int8_products`` holds from a forward pass to the next one of any layer made here."""
     router = Router(layer.router, layer.shape.K, normalize=layer.shape.normalize)
-    experts = Experts(layer.gate_up, layer.down) if kind is None else layer.quantized(kind)
-    shared = None if layer.shared is None else Shared(*layer.shared)
+    if kind is None:
+        experts = Experts(layer.gate_up, layer.down)
+        shared = None if layer.shared is None else Shared(*layer.shared)
+    else:
+        experts, shared = layer.quantized(kind)
     personal = Personal(*layer.personal) if with_personal else None
 
     def run(x_TH: Tensor) -> Tensor:
@@ -166,8 +173,9 @@ def dense_layer(layer: Layer, with_personal: bool) -> Callable[[Tensor], Tensor]
 def implementations(
     layer: Layer, with_personal: bool, kinds: Sequence[Kind] = ()
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Every implementation by name; quantised experts of ``kinds`` with save="preact", also multiplied in
-    int8 ("products")."""
+    """Every implementation by name; quantised experts of ``kinds`` with save="preact", also multiplied in int8
+    ("products").
+    """
     quantized = {
         f"flex {kind}{' products' if products else ''}": flex_layer(
             layer, "preact", with_personal, kind, products

@@ -47,6 +47,7 @@ class Size:
     """The model's shape (Qwen1.5-MoE-A2.7B) and the client's step.
 
     Args:
+        kind, shared_kind: of the routed and the shared experts.
         tokens: in a row. rows: of a step, one at a time through the model.
         personal: as for :func:`flex.graft`; "full" trains 3 I H parameters a layer in float32.
     """
@@ -60,6 +61,7 @@ class Size:
     shared_width: int = 5632
     vocabulary: int = 151936
     kind: Kind = "nf4"
+    shared_kind: Kind = "int8"
     personal: str = "lora"
     rank: int = 16
     tokens: int = 512
@@ -115,7 +117,8 @@ def make_model(size: Size) -> Any:
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in Qwen2MoeForCausalLM(config).state_dict().items()}
     tensors = {name: Drawn(name, shape, config.initializer_range) for name, shape in shapes.items()}
-    options = {"quantization_config": ExpertsConfig(size.kind), "attn_implementation": PACKED}
+    wanted = ExpertsConfig(size.kind, shared_experts=size.shared_kind)
+    options = {"quantization_config": wanted, "attn_implementation": PACKED}
     model = load_tensors_into_model("random weights", config, tensors, DTYPE, options)
     return model.requires_grad_(False)
 
@@ -179,9 +182,9 @@ def part_of(name: str) -> str:
     if any(piece.startswith("lora_") for piece in pieces):
         return "LoRA on attention"
     for part, label in (
-        ("codes", "experts, codes"),
-        ("scales", "experts, scales"),
         ("shared_expert", "shared experts"),
+        ("codes", "routed experts, codes"),
+        ("scales", "routed experts, scales"),
         ("self_attn", "attention"),
         ("embed_tokens", "embeddings and output layer"),
         ("lm_head", "embeddings and output layer"),
@@ -288,7 +291,7 @@ def main() -> None:
         if isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default)
         else:
-            choices = {"kind": KINDS, "personal": ("lora", "full")}.get(field)
+            choices = {"kind": KINDS, "shared_kind": KINDS, "personal": ("lora", "full")}.get(field)
             parser.add_argument(flag, type=type(default), default=default, choices=choices)
     parser.add_argument("--threads", type=int, default=0, help="default: torch's")
     parser.add_argument("--out", type=Path, help="JSON file to write")

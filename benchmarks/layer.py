@@ -10,7 +10,8 @@ the step), so that it counts native scratch as well as tensors; malloc is told t
 Peak extra memory is that of a forward and backward step: it includes the gradients and, in every
 implementation alike, the output.
 
-Quantised experts run with save="preact"; "rates" are what this machine read and multiplied in the same run.
+Quantised experts run with save="preact", a shared expert beside them is held in int8; "rates" are what this
+machine read and multiplied in the same run.
 
 Cases already in the output file are kept: an interrupted run continues where it stopped.
 """

@@ -47,10 +47,11 @@ def test_all_weights_of_the_model_are_there_and_none_of_them_is_trained(result):
 def test_memory_by_part_is_what_the_shapes_say(result):
     parts = result["memory_by_part_bytes"]
     weights = 2 * 6 * 3 * 96 * 128
-    assert parts["experts, codes"] == weights // 2
+    assert parts["routed experts, codes"] == weights // 2
     # Groups of 64: two in a row of 128, two in a row of 96.
-    assert parts["experts, scales"] == 2 * 6 * 2 * (192 * 2 + 128 * 2)
-    assert parts["shared experts"] == 2 * 2 * 3 * 160 * 128
+    assert parts["routed experts, scales"] == 2 * 6 * 2 * (192 * 2 + 128 * 2)
+    # int8: a byte a weight, two a row of [320, 128] and [128, 160].
+    assert parts["shared experts"] == 2 * (3 * 160 * 128 + 2 * (320 + 128))
     assert parts["attention"] == 2 * 2 * (4 * 128 * 128 + 3 * 128)
     assert parts["embeddings and output layer"] == 2 * 2 * 500 * 128
     assert parts["personal experts, decoded"] == 2 * 2 * 3 * 96 * 128
@@ -79,7 +80,7 @@ def test_a_full_personal_expert_is_counted_as_trained():
     parts = prove(replace(TINY, personal="full", steps=1, kind="int8"), threads=1)["memory_by_part_bytes"]
     assert parts["personal experts and gates"] >= 4 * 2 * 3 * 96 * 128
     assert "personal experts, decoded" not in parts
-    assert parts["experts, codes"] == 2 * 6 * 3 * 96 * 128
+    assert parts["routed experts, codes"] == 2 * 6 * 3 * 96 * 128
 
 
 def test_the_answer_positions_predict_the_token_that_follows():
