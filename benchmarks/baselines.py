@@ -173,7 +173,7 @@ def dense_layer(layer: Layer, with_personal: bool) -> Callable[[Tensor], Tensor]
 def implementations(
     layer: Layer, with_personal: bool, kinds: Sequence[Kind] = ()
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Every implementation by name; quantised experts of ``kinds`` with save="preact", also multiplied in int8
+    """Every implementation by name; experts of ``kinds`` with save="preact", also multiplied in int8
     ("products").
     """
     quantized = {

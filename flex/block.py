@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from flex.models import Adapter, find_blocks
 from flex.models.base import check_shared
 from flex.personal import PersonalCopy, PersonalLoRA
+from flex.quantized import expert_bytes
 from flex.shared_experts import QuantizedMLP
-from flex_kernels import Routed, Router, Shared, checkpoint_contexts, flex_moe
+from flex_kernels import Experts, Personal, Routed, Router, Shared, checkpoint_contexts, flex_moe
 from flex_kernels.types import Mix, Save
 
 # Of a grafted layer: what flex_kernels.flex_moe takes, or "auto".
 LayerSave = Literal["auto", "recompute", "preact"]
+# "auto" keeps pre-activations that take at most this part of what the layer's routed experts hold.
+LITTLE = 1 / 32
 
 
 class GraftedBlock(nn.Module):
@@ -38,7 +41,9 @@ class GraftedBlock(nn.Module):
         adapter: of its architecture.
         mix, backend: as in :func:`flex_kernels.flex_moe`.
         save: as there, or "auto": "preact" in a layer that gradient checkpointing runs again, which keeps
-            them from that replay to the backward pass right behind it, one layer at a time; else "recompute".
+            them from that replay to the backward pass right behind it, one layer at a time, and where they
+            are few beside the routed experts (``LITTLE``): then reading the weights takes most of the time,
+            and computing them again would read a part twice. Else "recompute".
 
     Attributes:
         personal: the client's expert and gate, or None: then the block is the pretrained one.
@@ -91,22 +96,31 @@ class GraftedBlock(nn.Module):
         """y [..., H] for hidden_states [..., H]."""
         experts = self.adapter.experts(self)
         open_ = self.personal is not None and not self.shut
+        personal = self.personal.record_over(experts) if open_ else None  # type: ignore[union-attr]
+        shared = self.shared()
         return flex_moe(
             hidden_states,
             self.route(hidden_states),
             experts,
-            self.personal.record_over(experts) if open_ else None,  # type: ignore[union-attr]
-            self.shared(),
+            personal,
+            shared,
             self.mix,
-            self.kept(),
+            self.kept(hidden_states, experts, personal, shared),
             self.backend,
         )
 
-    def kept(self) -> Save:
-        """What backward keeps of the next call."""
+    def kept(self, x: Tensor, experts: Experts, personal: Personal | None, shared: Shared | None) -> Save:
+        """What backward keeps of a call."""
         if self.save != "auto":
             return self.save
-        return "preact" if self.gradient_checkpointing and self.training else "recompute"
+        if self.gradient_checkpointing and self.training:
+            return "preact"
+        if not torch.is_grad_enabled():
+            return "recompute"
+        rows = self.adapter.router(self).top_k * experts.gate_up.shape[-2]
+        rows += sum(ffn.gate_up.shape[-2] for ffn in (personal, shared) if ffn is not None)
+        held = x.numel() // x.shape[-1] * rows * x.element_size()
+        return "preact" if held <= LITTLE * expert_bytes([experts]) else "recompute"
 
     def route(self, x: Tensor) -> Router | Routed:
         return self.adapter.route(self, x.reshape(-1, x.shape[-1]))

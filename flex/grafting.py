@@ -125,7 +125,8 @@ def graft(
             has no others to choose by.
         mix, backend: of the layer, see :func:`flex_kernels.flex_moe`.
         save: of the layer, see there; "auto" keeps pre-activations where gradient checkpointing runs the
-            layer again, so that backward need not compute them once more, and recomputes them elsewhere.
+            layer again, so that backward need not compute them once more, and in calls of so few tokens that
+            they take at most 1/32 of what the layer's routed experts hold. Elsewhere it recomputes them.
         personal: "full" trains a whole copy of the expert, "lora" low-rank changes to it; None grafts the
             fused layer alone.
         rank, alpha: of the low-rank matrices with ``personal="lora"``.
