@@ -93,7 +93,8 @@ def test_gates_alone_need_no_router():
 
 def test_the_thin_product_is_the_same_in_pieces(monkeypatch):
     x, rows = normal(10, 6).bfloat16(), normal(3, 6, seed=1)
-    monkeypatch.setattr(routing, "CHUNK", 4)
+    monkeypatch.setattr(routing, "CHUNK", 25)
+    assert [s.stop for s in routing.chunks(x)] == [4, 8, 12]
     exact = x.double() @ rows.double().t()
     assert relative_error(routing.thin_product(x, rows), exact) < 1e-6
     assert (

@@ -4,12 +4,13 @@
 
 namespace flex {
 
-// Most bytes of freed buffers that stay with the process. Beyond them the longest unused go back to the system.
+// Most bytes of freed buffers that stay with the process.
 constexpr int64_t kKeptBytes = int64_t{256} << 20;
 
 // A large buffer that comes and goes with every pass, on huge pages where the system gives them on request. When it
-// goes, its pages are kept for the next one of about its size: the system would hand out fresh ones zeroed, which costs
-// about as much as writing them. Any thread may make and drop buffers.
+// goes, its pages are kept for the next ones: the system would hand out fresh ones zeroed, which costs about as much as
+// writing them. Buffers in use and kept pages together never exceed what was in use at one time since
+// give_back_pages(), so that keeping raises no peak. Any thread may make and drop buffers.
 class Pages {
  public:
   explicit Pages(int64_t bytes);  // Throws std::bad_alloc.

@@ -158,6 +158,8 @@ def experts_backward(
     def result(gradient: Tensor | None, like: Tensor | None) -> Tensor:
         return x_TH.new_empty(0) if gradient is None or like is None else gradient.to(like.dtype)
 
+    if dx_TH is not None and dx_TH.dtype != x_TH.dtype:
+        dx_TH = ops.kernels.empty_like(x_TH).copy_(dx_TH)
     return (
         result(dx_TH, x_TH),
         result(dweights_TK, weights_TK),

@@ -17,6 +17,10 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
+def empty_like(t: Tensor) -> Tensor:
+    return torch.empty(t.shape, dtype=t.dtype)
+
+
 def give_back_pages() -> int:
     return 0
 

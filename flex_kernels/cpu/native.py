@@ -73,6 +73,11 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype).set_(pages.untyped_storage(), 0, shape)  # type: ignore[call-overload]
 
 
+def empty_like(t: Tensor) -> Tensor:
+    """:func:`empty` of the shape and dtype of ``t``, dense."""
+    return empty(*t.shape, dtype=t.dtype)
+
+
 def dtype_code(name: str, t: Tensor) -> int:
     if t.dtype not in DTYPES:
         raise ValueError(f"{name} must be float32, bfloat16 or float16, got {t.dtype}")
