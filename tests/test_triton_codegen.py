@@ -8,6 +8,8 @@ import json
 import re
 import subprocess
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,21 @@ PRODUCTS = ("up_swiglu", "down", "up_backward", "weight_grad", "route")
 @pytest.fixture(scope="module")
 def compiled():
     return codegen.compile_all(codegen.cases())
+
+
+def test_sources_are_parsed_one_at_a_time():
+    running, overlaps = [], []
+
+    def parse(function):
+        running.append(function)
+        time.sleep(0.002)
+        overlaps.append(len(running))
+        running.remove(function)
+        return function * 2
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(codegen.in_turns(parse), range(20))) == [2 * i for i in range(20)]
+    assert overlaps == [1] * 20
 
 
 def kernel(case: str) -> str:

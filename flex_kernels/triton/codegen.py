@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from unittest.mock import patch
 
@@ -341,8 +342,22 @@ def compile_all(chosen: dict[str, tuple[Launch, int]], threads: int = 2) -> dict
         launch, capability = case
         return resources(compile_launch(launch, capability), capability)
 
-    with ThreadPoolExecutor(threads) as pool:
+    parse = patch.object(JITFunction, "parse", in_turns(JITFunction.parse))
+    with parse, ThreadPoolExecutor(threads) as pool:
         return dict(zip(chosen, pool.map(one, chosen.values())))
+
+
+def in_turns(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``parse`` for several threads: Python 3.11 counts the depth of ``ast.parse`` once for all of them, and
+    raises SystemError where two calls overlap.
+    """
+    turn = Lock()
+
+    def one_at_a_time(function: Any) -> Any:
+        with turn:
+            return parse(function)
+
+    return one_at_a_time
 
 
 def write_baseline(path: Path) -> None:
