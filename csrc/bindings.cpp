@@ -68,6 +68,7 @@ PYBIND11_MODULE(_cpu_ops, m) {
   m.attr("BLOCK_ROWS") = flex::kBlockRows;
   m.attr("INT8_GROUP") = flex::kInt8Group;
   m.attr("INT8_UNIT") = flex::kInt8Unit;
+  m.attr("FEW_ROWS") = flex::kFewRows;
   m.attr("HIDDEN_UNIT") = flex::kHiddenUnit;
   m.def("scratch_bytes", &scratch_bytes);
 

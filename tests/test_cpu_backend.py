@@ -174,6 +174,26 @@ def test_results_do_not_depend_on_the_number_of_threads(isa, dtype, T, I):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("H", [17, 300, 1030])
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "generic"])
+def test_few_rows_an_expert_beside_many_for_any_number_of_threads(isa, H, dtype):
+    # Two batches, in which threads begin with routed experts and with the other two at once.
+    case = with_fixed_routing(make_case(T=290, H=H, E=40, K=2, I=70, dtype=dtype)).to(dtype)
+    ungated = replace(case, personal=None, shared=replace(case.shared, gate_weight=None))
+    before, found = torch.get_num_threads(), []
+    ops.kernels.set_isa(isa)
+    try:
+        agree(case, mix="convex", save="preact")
+        for threads in (1, 2, 3, 5, 8):
+            torch.set_num_threads(threads)
+            found.append(run(ungated, "x", "router.weights", save="preact"))
+    finally:
+        torch.set_num_threads(before)
+        ops.kernels.set_isa("auto")
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_several_python_threads_may_call_at_once(engine, dtype):
     cases = [make_case(T=40, H=70, E=3, K=2, I=45, dtype=dtype, seed=seed) for seed in range(4)]
     alone = [run(case.to(dtype), "x", "router.weight") for case in cases]
@@ -222,13 +242,62 @@ def test_batches_cover_every_row_once_within_the_budget():
         assert [s.at for s in batch] == [sum(p.elements for p in batch[:i]) for i in range(len(batch))]
 
 
+def routed_groups(counts: list[int], width: int, **more) -> list[Group]:
+    """Groups of one block: expert e serves ``counts[e]`` rows."""
+    experts = len(counts)
+    weights = torch.zeros(experts, 2 * width, 8), torch.zeros(experts, 8, width)
+    block = Block(*weights, torch.zeros(sum(counts), dtype=torch.int32), torch.ones(sum(counts)), **more)
+    firsts = [sum(counts[:e]) for e in range(experts)]
+    return [Group(block, e, first, rows, width) for e, (first, rows) in enumerate(zip(firsts, counts))]
+
+
+@pytest.mark.parametrize("tokens, count", [(64, 1), (128, 1), (200, 2), (640, 5)])
+def test_experts_of_few_rows_share_batches_with_those_of_many(tokens, count):
+    routed = routed_groups([1, 9, 30, 2, 17, 8, 25, 4] * 3, 32)
+    trained = group_of(tokens, 16, everyone=True, ddown_EHI=torch.zeros(1, 8, 16))
+    shared = group_of(tokens, 64, everyone=True)
+    work = fused.batches([*routed, shared, trained])
+    assert len(work) == count
+    for group in (*routed, shared, trained):
+        pieces = [s for b in work for s in b if s.group is group]
+        assert [r for s in pieces for r in range(s.start, s.end)] == list(range(group.rows))
+        assert len(pieces) == (count if group is shared else 1)
+    for batch in work:
+        assert [s.at for s in batch] == [sum(p.elements for p in batch[:i]) for i in range(len(batch))]
+        # Behind the others, where the kernels look for them.
+        assert [s.group.block.everyone for s in batch] == sorted(s.group.block.everyone for s in batch)
+        assert sum(not s.group.block.everyone for s in batch) >= len(routed) // count - 2
+    rows = [sum(s.rows for s in b if not s.group.block.everyone) for b in work]
+    assert max(rows) - min(rows) <= 2 * 30
+
+
+def test_experts_of_many_rows_stay_apart():
+    shared = group_of(200, 64, everyone=True)
+    few, many = ops.kernels.FEW_ROWS, ops.kernels.FEW_ROWS + 1
+    assert fused.tokens_to_mix([*routed_groups([few] * 3 + [many] * 2, 16), shared]) == 200
+    for groups in (
+        [*routed_groups([few] * 2 + [many] * 2, 16), shared],
+        [*routed_groups([few] * 3 + [fused.MIXED_TOKENS + 1], 16), shared],
+        routed_groups([few] * 3, 16),
+        [shared],
+        [*routed_groups([few] * 3, 16), group_of(few, 64, everyone=True)],
+        [*routed_groups([few] * 3, 16), group_of(fused.WEIGHT_ROWS + 1, 64, everyone=True)],
+        [],
+    ):
+        assert fused.tokens_to_mix(groups) == 0
+    # Weights that are read twice decide.
+    mixture = [*routed_groups([2, 2], 16), shared]
+    assert len(fused.batches(mixture)) == 2
+    assert [len(b) for b in fused.batches(mixture, most_bytes=1)][:2] == [1, 1]
+
+
 def test_weights_that_backward_reads_twice_share_a_batch_only_within_the_limit():
     groups = [group_of(2, 16) for _ in range(5)]
     size = fused.bytes_read_twice(groups[0])
     assert size == 4 * 3 * 16 * 8
     assert [len(b) for b in fused.batches(groups, most_bytes=2 * size)] == [2, 2, 1]
     assert [len(b) for b in fused.batches(groups, most_bytes=1)] == [1] * 5
-    many = group_of(fused.FEW_ROWS + 1, 16)
+    many = group_of(ops.kernels.FEW_ROWS + 1, 16)
     kept = group_of(2, 16, preact_N2I=torch.zeros(2, 32))
     assert fused.bytes_read_twice(many) == fused.bytes_read_twice(kept) == 0
     assert len(fused.batches([kept, many], most_bytes=1)) == 1

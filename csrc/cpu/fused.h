@@ -99,13 +99,14 @@ void up(const void* x, int64_t hidden, const Segment* segments, int64_t count, v
   using T = typename E::T;
   const Grid<PackedCut> grid(segments, count, true, threads);
   const int64_t tasks = grid.tasks(segments, count);
-  Queue queue;
+  Queue queue(tasks, grid.tasks(segments, first_of_many(segments, count)));
 #pragma omp parallel num_threads(threads)
   {
     const Workspace work(scratch, bytes, thread_index(), hidden);
     quantize_inputs<E>(x, hidden, segments, count);
-    for (int64_t task = thread_index(), next; task < tasks; task = next) {
-      next = queue.take();
+    Queue::Turn turn = queue.turn();
+    for (int64_t task = turn.first(), next; task < tasks; task = next) {
+      next = turn.take();
       const Place place = grid.place(task, segments);
       const Segment& s = *place.segment;
       const int64_t columns = place.columns, lifted = pieces(columns, kPanelColumns) * kPanelColumns;
@@ -128,27 +129,52 @@ void up(const void* x, int64_t hidden, const Segment* segments, int64_t count, v
   }
 }
 
-// The widest slice of whole units, at most about `width`, that gives every thread as many slices as any other:
-// 576 columns for two threads are six slices of 96, not four of 128 and one of 64.
-inline int64_t even_width(int64_t hidden, int64_t width, int threads, int64_t unit) {
-  const int64_t slices = pieces(pieces(hidden, width), threads) * threads;
-  return pieces(pieces(hidden, slices), unit) * unit;
-}
+// Slices of the columns of a projection's result, each a task that walks over all segments. Where some segments have
+// many rows behind others with few, the slices of the first half of the columns take the many last and those of the
+// second half first, and threads begin with both. No sum depends on how many slices there are.
+class Slices {
+ public:
+  // As wide as whole units allow, at most about `width`, that every thread may take as many as any other: 576 columns
+  // for two threads are six slices of 96, not four of 128 and one of 64.
+  Slices(const Segment* segments, int64_t count, int64_t hidden, int64_t width, int threads, int64_t unit)
+      : count_(count), many_(first_of_many(segments, count)), hidden_(hidden), half_(hidden) {
+    if (many_ < count) half_ = smaller(hidden, pieces(hidden, 2 * unit) * unit);
+    const int64_t share = many_ < count ? (threads + 1) / 2 : threads;
+    const int64_t slices = pieces(pieces(half_, width), share) * share;
+    width_ = pieces(pieces(half_, slices), unit) * unit;
+  }
 
-// A slice of columns of a projection's result at a time, all segments in turn: calls prepare() in every thread, then
-// f(workspace, slice's first column, its columns, first column of the slice that this thread takes next or -1).
+  int64_t middle() const { return pieces(half_, width_); }
+  int64_t tasks() const { return middle() + pieces(hidden_ - half_, width_); }
+  int64_t column(int64_t task) const {
+    return task < middle() ? task * width_ : half_ + (task - middle()) * width_;
+  }
+  int64_t columns(int64_t task) const {
+    return smaller(width_, (task < middle() ? half_ : hidden_) - column(task));
+  }
+  // The segment that comes as number `place` in slice `task`.
+  int64_t segment(int64_t task, int64_t place) const {
+    const int64_t i = task < middle() ? place : place + many_;
+    return i < count_ ? i : i - count_;
+  }
+
+ private:
+  int64_t count_, many_, hidden_, half_, width_;
+};
+
+// Calls prepare() in every thread, then f(workspace, slice, slice that this thread takes next or -1) for every slice.
 template <class Prepare, class F>
-void each_slice(int64_t hidden, int64_t width, void* scratch, int64_t bytes, int threads, int64_t most, Prepare prepare,
-                F f) {
-  const int64_t slices = pieces(hidden, width);
-  Queue queue;
+void each_slice(const Slices& slices, void* scratch, int64_t bytes, int threads, int64_t most, Prepare prepare, F f) {
+  const int64_t tasks = slices.tasks();
+  Queue queue(tasks, slices.middle());
 #pragma omp parallel num_threads(threads)
   {
     const Workspace work(scratch, bytes, thread_index(), most);
     prepare();
-    for (int64_t slice = thread_index(), next; slice < slices; slice = next) {
-      next = queue.take();
-      f(work, slice * width, smaller(width, hidden - slice * width), next < slices ? next * width : -1);
+    Queue::Turn turn = queue.turn();
+    for (int64_t task = turn.first(), next; task < tasks; task = next) {
+      next = turn.take();
+      f(work, task, next < tasks ? next : -1);
     }
   }
 }
@@ -173,9 +199,10 @@ template <class E>
 void down(const Segment* segments, int64_t count, int64_t hidden, float* out, void* scratch, int64_t bytes,
           int threads) {
   using T = typename E::T;
-  const int64_t width = even_width(hidden, flex::kSliceColumns, threads, slice_unit(segments, count));
-  const auto rows_of = [&](int64_t i, int64_t column) {
-    return WeightRows<E>(down_of<E>(segments[i]).from(column, 0), smaller(width, hidden - column), segments[i].width);
+  const Slices slices(segments, count, hidden, flex::kSliceColumns, threads, slice_unit(segments, count));
+  const auto rows_of = [&](int64_t slice, int64_t place) {
+    const Segment& s = segments[slices.segment(slice, place)];
+    return WeightRows<E>(down_of<E>(s).from(slices.column(slice), 0), slices.columns(slice), s.width);
   };
   const auto prepare = [&] {
     quantize_operands<E>(
@@ -183,14 +210,15 @@ void down(const Segment* segments, int64_t count, int64_t hidden, float* out, vo
         [](const Segment& s, int64_t r) { return address<const T>(s.hidden) + r * s.width; },
         [](const Segment&) { return NoScales{}; });
   };
-  each_slice(hidden, width, scratch, bytes, threads, longest(segments, count, hidden, 1), prepare,
-             [&](const Workspace& work, int64_t column, int64_t columns, int64_t next) {
+  each_slice(slices, scratch, bytes, threads, longest(segments, count, hidden, 1), prepare,
+             [&](const Workspace& work, int64_t slice, int64_t next) {
+               const int64_t column = slices.column(slice), columns = slices.columns(slice);
                const int64_t ldc = pieces(columns, kPanelColumns) * kPanelColumns;
                for (int64_t i = 0; i < count; ++i) {
-                 const Segment& s = segments[i];
-                 const WeightRows<E> own = rows_of(i, column);
-                 const Area coming = i + 1 < count ? rows_of(i + 1, column).first_area()
-                                     : next >= 0   ? rows_of(0, next).first_area()
+                 const Segment& s = segments[slices.segment(slice, i)];
+                 const WeightRows<E> own = rows_of(slice, i);
+                 const Area coming = i + 1 < count ? rows_of(slice, i + 1).first_area()
+                                     : next >= 0   ? rows_of(next, 0).first_area()
                                                    : Area{};
                  evenly(s.rows, kBlockRows, [&](int64_t row, int64_t rows) {
                    const Area next_area = row + rows < s.rows ? own.first_area() : coming;
@@ -217,13 +245,15 @@ void down_backward(const Segment* segments, int64_t count, int64_t hidden, float
   // A slice reads a stretch of every weight row, each on a page of its own: where reading is the bound, a long one.
   const int64_t most = thin ? flex::kThinColumns : flex::kSliceColumns;
   const int64_t share = pieces(hidden, int64_t{thin ? 1 : 2} * threads * kPanelColumns) * kPanelColumns;
-  const int64_t width = even_width(hidden, smaller(most, share), threads, slice_unit(segments, count));
+  const Slices slices(segments, count, hidden, smaller(most, share), threads, slice_unit(segments, count));
   const auto columns_of = [&](int64_t i, int64_t column, int64_t columns) {
     const Weight<E> weight = with_inverses(gate_up_of<E>(segments[i]), segments[i]);
     return WeightColumns<E>{weight.from(0, column), columns, 2 * segments[i].width};
   };
-  const auto first_of = [&](int64_t i, int64_t column) {
-    return PackedCut::is_thin(segments[i]) ? Area{} : columns_of(i, column, hidden - column).area(0, 0);
+  const auto first_of = [&](int64_t slice, int64_t place) {
+    const int64_t i = slices.segment(slice, place);
+    const bool thin = PackedCut::is_thin(segments[i]);
+    return thin ? Area{} : columns_of(i, slices.column(slice), slices.columns(slice)).area(0, 0);
   };
   const auto prepare = [&] {
     find_all_inverses(segments, count, gate_up_of<E>, [](const Segment& s) { return 2 * s.width; },
@@ -233,9 +263,11 @@ void down_backward(const Segment* segments, int64_t count, int64_t hidden, float
         [](const Segment& s, int64_t r) { return address<const T>(s.hidden) + 2 * r * s.width; },
         [](const Segment& s) { return RowScales<E>{with_inverses(gate_up_of<E>(s), s)}; });
   };
-  each_slice(hidden, width, scratch, bytes, threads, longest(segments, count, hidden, 2), prepare,
-             [&](const Workspace& work, int64_t column, int64_t columns, int64_t next) {
-               for (int64_t i = 0; i < count; ++i) {
+  each_slice(slices, scratch, bytes, threads, longest(segments, count, hidden, 2), prepare,
+             [&](const Workspace& work, int64_t slice, int64_t next) {
+               const int64_t column = slices.column(slice), columns = slices.columns(slice);
+               for (int64_t place = 0; place < count; ++place) {
+                 const int64_t i = slices.segment(slice, place);
                  const Segment& s = segments[i];
                  const int32_t* tokens = address<const int32_t>(s.tokens);
                  const T* dz = address<const T>(s.hidden);
@@ -253,10 +285,10 @@ void down_backward(const Segment* segments, int64_t count, int64_t hidden, float
                    const int64_t some = smaller(piece, columns - start), end = start + some;
                    const int64_t ldc = pieces(some, kPanelColumns) * kPanelColumns;
                    const WeightColumns<E> own = columns_of(i, column + start, some);
-                   const Area coming = end < columns    ? columns_of(i, column + end, columns - end).area(0, 0)
-                                       : i + 1 < count ? first_of(i + 1, column)
-                                       : next >= 0     ? first_of(0, next)
-                                                       : Area{};
+                   const Area coming = end < columns        ? columns_of(i, column + end, columns - end).area(0, 0)
+                                       : place + 1 < count ? first_of(slice, place + 1)
+                                       : next >= 0         ? first_of(next, 0)
+                                                           : Area{};
                    evenly(s.rows, kBlockRows, [&](int64_t row, int64_t rows) {
                      const Area next_area = row + rows < s.rows ? own.area(0, 0) : coming;
                      if (in_int8(s))
@@ -291,7 +323,7 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
   const auto first_area = [&](const Place& place) {
     return place.segment->preact ? down_area(place) : gate_and_up_rows<E>(place, hidden).first_area();
   };
-  Queue queue;
+  Queue queue(tasks, grid.tasks(segments, first_of_many(segments, count)));
 #pragma omp parallel num_threads(threads)
   {
     const Workspace work(scratch, bytes, thread_index(), hidden);
@@ -304,8 +336,9 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
           return static_cast<const T*>(dy) + address<const int32_t>(s.tokens)[r] * hidden;
         },
         [](const Segment& s) { return RowScales<E>{with_inverses(down_of<E>(s), s)}; });
-    for (int64_t task = thread_index(), next; task < tasks; task = next) {
-      next = queue.take();
+    Queue::Turn turn = queue.turn();
+    for (int64_t task = turn.first(), next; task < tasks; task = next) {
+      next = turn.take();
       const Place place = grid.place(task, segments);
       const Segment& s = *place.segment;
       const Area coming = next < tasks ? first_area(grid.place(next, segments)) : Area{};

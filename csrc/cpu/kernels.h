@@ -55,6 +55,7 @@ constexpr int64_t kPartialColumns = 64;     // columns of I in a part sum of dsc
 // Segments of no more rows (of codes) are bound by the reading of weights (thin.h), and want longer stretches of them.
 constexpr int64_t kThinRows = 12, kThinCodeRows = 32;
 constexpr int64_t kThinColumns = 1024;      // columns in a task
+constexpr int64_t kFewRows = 32;            // rows up to which reading weights outweighs multiplying
 constexpr int64_t kInt8Group = 128;         // elements of a row that share a scale where it is rounded to int8
 constexpr int64_t kInt8Unit = 64;           // elements of its codes come in whole units
 // Room of a forward segment's hidden rows: I rounded up to this many elements a row. The last segment of a buffer is

@@ -27,20 +27,59 @@ inline int team_size() {
 #endif
 }
 
-// Hands out the numbers of a loop, one ahead of their use: who takes a task knows which will be its next. A thread
-// begins with the task of its own index, so that none takes two while another has none.
+// Hands out the tasks [0, count) in two lanes, [0, middle) and [middle, count), one ahead of their use: who takes a
+// task knows which will be its next. Threads of even index begin with the first lane, the others with the second, and
+// whose lane has ended goes on in the other one. Every thread's first task is fixed, so that none takes two while
+// another has none.
 class Queue {
  public:
-  int64_t take() {
-    int64_t taken;
+  explicit Queue(int64_t count) : Queue(count, count) {}
+  Queue(int64_t count, int64_t middle) : end_{middle, count} {}
+
+  // One thread's turn: its first task, then one after another; the count where there is none left.
+  class Turn {
+   public:
+    Turn(Queue& queue, int thread, int threads) : queue_(queue), lane_(thread % 2), begin_{0, queue.end_[0]} {
+      for (int i = 0; i < threads; ++i) {
+        int lane = i % 2;
+        if (begin_[lane] == queue.end_[lane]) lane = 1 - lane;
+        const bool some = begin_[lane] < queue.end_[lane];
+        if (i == thread) first_ = some ? begin_[lane] : queue.end_[1];
+        begin_[lane] += some;
+      }
+    }
+
+    int64_t first() const { return first_; }
+
+    int64_t take() {
+      for (int i = 0; i < 2; ++i, lane_ = 1 - lane_) {
+        int64_t taken;
 #pragma omp atomic capture
-    taken = taken_++;
-    return team_size() + taken;
-  }
+        taken = queue_.taken_[lane_]++;
+        if (begin_[lane_] + taken < queue_.end_[lane_]) return begin_[lane_] + taken;
+      }
+      return queue_.end_[1];
+    }
+
+   private:
+    Queue& queue_;
+    int lane_;
+    int64_t begin_[2], first_ = 0;
+  };
+
+  Turn turn() { return Turn(*this, thread_index(), team_size()); }
 
  private:
-  int64_t taken_ = 0;
+  int64_t end_[2], taken_[2] = {0, 0};
 };
+
+// Where the segments of many rows begin that stand last, behind others: multiplying is their bound, reading weights
+// that of the others, and threads at both at once use the machine best. `count` where there is no such mixture.
+inline int64_t first_of_many(const flex::Segment* segments, int64_t count) {
+  int64_t first = count;
+  while (first > 0 && segments[first - 1].rows > flex::kFewRows) --first;
+  return first ? first : count;
+}
 
 template <class T>
 inline T* address(int64_t word) { return reinterpret_cast<T*>(static_cast<uintptr_t>(word)); }

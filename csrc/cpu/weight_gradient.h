@@ -40,12 +40,13 @@ void weight_gradient(const void* left, const void* right, int64_t rows, int64_t 
   using T = typename E::T;
   const int64_t blocks = pieces(height, kBlockRows), slices = pieces(width, flex::kSliceColumns);
   const int64_t tall = pieces(height, blocks), wide = pieces(pieces(width, slices), kPanelColumns) * kPanelColumns;
-  Queue queue;
+  Queue queue(blocks * slices);
 #pragma omp parallel num_threads(threads)
   {
     const Workspace work(scratch, bytes, thread_index(), 1);
-    for (int64_t task = thread_index(), next; task < blocks * slices; task = next) {
-      next = queue.take();
+    Queue::Turn turn = queue.turn();
+    for (int64_t task = turn.first(), next; task < blocks * slices; task = next) {
+      next = turn.take();
       const int64_t first = task / slices * tall, column = task % slices * wide;
       const int64_t some = smaller(tall, height - first), columns = smaller(wide, width - column);
       if (some <= 0 || columns <= 0) continue;

@@ -24,8 +24,8 @@ from flex_kernels.quantize import KINDS, Quantized
 PARTS = 8
 FEWEST_ROWS = 64
 MOST_ROWS = 2048
-# Rows of an expert up to which the reading of its weights outweighs arithmetic.
-FEW_ROWS = 32
+# Tokens of which a batch may hold the hidden rows, where experts of few rows stand beside others of many.
+MIXED_TOKENS = 128
 # Last-level cache where the system does not tell.
 USUAL_CACHE = 16 << 20
 
@@ -91,7 +91,7 @@ def bytes_read_twice(group: Group) -> int:
     (many rows), and where the cache cannot hold them anyway.
     """
     block = group.block
-    if block.preact_N2I is not None or group.rows > FEW_ROWS:
+    if block.preact_N2I is not None or group.rows > ops.kernels.FEW_ROWS:
         return 0
     size = (block.gate_up_E2IH.nbytes + block.down_EHI.nbytes) // block.down_EHI.shape[0]
     return size if size < cache_bytes() else 0
@@ -107,6 +107,10 @@ def batches(groups: list[Group], most_bytes: int | None = None) -> list[list[Seg
     widths = {name: room(block.width) for name, block in blocks.items()}
     total, widest = sum(g.rows * widths[id(g.block)] for g in groups), max(widths.values(), default=0)
     budget = min(max(total // PARTS, FEWEST_ROWS * widest), MOST_ROWS * widest)
+    if most_bytes is None or not any(map(bytes_read_twice, groups)):
+        tokens = tokens_to_mix(groups)
+        if tokens:
+            return mixed_batches(groups, min(-(-total // budget), -(-tokens // MIXED_TOKENS)))
     rows_of_piece = {
         name: WEIGHT_ROWS if block.trained else max(1, budget // max(1, widths[name]))
         for name, block in blocks.items()
@@ -128,6 +132,46 @@ def batches(groups: list[Group], most_bytes: int | None = None) -> list[list[Seg
             used += elements
             held += again
     return [*done, batch] if batch else done
+
+
+def tokens_to_mix(groups: list[Group]) -> int:
+    """The tokens of a call most of whose routed experts are bound by the reading of weights while an expert
+    that all tokens pass through is bound by multiplying; 0 for others.
+    """
+    few = ops.kernels.FEW_ROWS
+    routed = [g.rows for g in groups if not g.block.everyone]
+    tokens = max((g.rows for g in groups if g.block.everyone), default=0)
+    reading = sum(rows <= few for rows in routed)
+    if tokens <= few or tokens > WEIGHT_ROWS or max(routed, default=0) > MIXED_TOKENS:
+        return 0
+    return tokens if 2 * reading > len(routed) else 0
+
+
+def mixed_batches(groups: list[Group], count: int) -> list[list[Segment]]:
+    """``count`` batches, each with its share of routed experts and behind them of every other one's rows:
+    the kernels read weights for the former while they multiply the latter.
+    """
+    routed = [g for g in groups if not g.block.everyone]
+    rows = sum(g.rows for g in routed)
+    parts: list[list[tuple[Group, int, int]]] = [[] for _ in range(count)]
+    before = 0
+    for group in routed:
+        parts[(2 * before + group.rows) * count // (2 * rows)].append((group, 0, group.rows))
+        before += group.rows
+    for group in groups:
+        if group.block.everyone:
+            pieces = 1 if group.block.trained else count
+            for i in range(pieces):
+                start, end = group.rows * i // pieces, group.rows * (i + 1) // pieces
+                parts[i].append((group, start, end))
+    done = []
+    for part in parts:
+        at, batch = 0, []
+        for group, start, end in part:
+            batch.append(Segment(group, start, end, at))
+            at += batch[-1].elements
+        done.append(batch)
+    return done
 
 
 def widest_batch(work: list[list[Segment]]) -> int:

@@ -32,6 +32,7 @@ THIN_ROWS: int = _cpu_ops.THIN_ROWS
 THIN_CODE_ROWS: int = _cpu_ops.THIN_CODE_ROWS
 BLOCK_ROWS: int = _cpu_ops.BLOCK_ROWS
 HIDDEN_UNIT: int = _cpu_ops.HIDDEN_UNIT
+FEW_ROWS: int = _cpu_ops.FEW_ROWS
 INT8_GROUP: int = _cpu_ops.INT8_GROUP
 INT8_UNIT: int = _cpu_ops.INT8_UNIT
 
