@@ -134,14 +134,20 @@ void up(const void* x, int64_t hidden, const Segment* segments, int64_t count, v
 // second half first, and threads begin with both. No sum depends on how many slices there are.
 class Slices {
  public:
-  // As wide as whole units allow, at most about `width`, that every thread may take as many as any other: 576 columns
-  // for two threads are six slices of 96, not four of 128 and one of 64.
+  // As wide as whole units allow, at most about `width`, and cut so that no thread gets much more than any other: 576
+  // columns for two threads are six slices of 96, not three of 160 and one of 96.
   Slices(const Segment* segments, int64_t count, int64_t hidden, int64_t width, int threads, int64_t unit)
       : count_(count), many_(first_of_many(segments, count)), hidden_(hidden), half_(hidden) {
     if (many_ < count) half_ = smaller(hidden, pieces(hidden, 2 * unit) * unit);
     const int64_t share = many_ < count ? (threads + 1) / 2 : threads;
-    const int64_t slices = pieces(pieces(half_, width), share) * share;
-    width_ = pieces(pieces(half_, slices), unit) * unit;
+    const int64_t fewest = pieces(pieces(half_, width), share) * share;
+    int64_t least = INT64_MAX;
+    for (int64_t slices = fewest; slices <= 2 * fewest; slices += share) {
+      const int64_t wide = pieces(pieces(half_, slices), unit) * unit, most = pieces(pieces(half_, wide), share) * wide;
+      if (most >= least) continue;
+      least = most;
+      width_ = wide;
+    }
   }
 
   int64_t middle() const { return pieces(half_, width_); }
@@ -159,7 +165,7 @@ class Slices {
   }
 
  private:
-  int64_t count_, many_, hidden_, half_, width_;
+  int64_t count_, many_, hidden_, half_, width_ = 1;
 };
 
 // Calls prepare() in every thread, then f(workspace, slice, slice that this thread takes next or -1) for every slice.
