@@ -9,7 +9,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,9 @@ from torch import Tensor, nn
 from flex.models import Adapter, find_blocks
 from flex.models.base import check_shared
 from flex.personal import PersonalCopy, PersonalLoRA
-from flex.quantized import expert_bytes
 from flex.shared_experts import QuantizedMLP
-from flex_kernels import Experts, Personal, Routed, Router, Shared, checkpoint_contexts, flex_moe
+from flex_kernels import Routed, Router, Shared, checkpoint_contexts, flex_moe
 from flex_kernels.types import Mix, Save
-
-# Of a grafted layer: what flex_kernels.flex_moe takes, or "auto".
-LayerSave = Literal["auto", "recompute", "preact"]
-# "auto" keeps pre-activations that take at most this part of what the layer's routed experts hold.
-LITTLE = 1 / 32
 
 
 class GraftedBlock(nn.Module):
@@ -40,10 +34,9 @@ class GraftedBlock(nn.Module):
         original: the pretrained block.
         adapter: of its architecture.
         mix, backend: as in :func:`flex_kernels.flex_moe`.
-        save: as there, or "auto": "preact" in a layer that gradient checkpointing runs again, which keeps
-            them from that replay to the backward pass right behind it, one layer at a time, and where they
-            are few beside the routed experts (``LITTLE``): then reading the weights takes most of the time,
-            and computing them again would read a part twice. Else "recompute".
+        save: as there, but that "auto" is also "preact" in a layer that gradient checkpointing runs again,
+            which keeps pre-activations from that replay to the backward pass right behind it, one layer at a
+            time.
 
     Attributes:
         personal: the client's expert and gate, or None: then the block is the pretrained one.
@@ -57,7 +50,7 @@ class GraftedBlock(nn.Module):
         original: nn.Module,
         adapter: Adapter,
         mix: Mix = "add",
-        save: LayerSave = "auto",
+        save: Save = "auto",
         backend: str = "auto",
     ):
         super().__init__()
@@ -69,7 +62,7 @@ class GraftedBlock(nn.Module):
             self.register_buffer(name, buffer, persistent=name not in original._non_persistent_buffers_set)
         self.adapter = adapter
         self.mix: Mix = mix
-        self.save: LayerSave = save
+        self.save: Save = save
         self.backend = backend
         self.shut = False
         self._gradient_checkpointing_func: Any = None
@@ -105,22 +98,14 @@ class GraftedBlock(nn.Module):
             personal,
             shared,
             self.mix,
-            self.kept(hidden_states, experts, personal, shared),
+            self.kept(),
             self.backend,
         )
 
-    def kept(self, x: Tensor, experts: Experts, personal: Personal | None, shared: Shared | None) -> Save:
-        """What backward keeps of a call."""
-        if self.save != "auto":
-            return self.save
-        if self.gradient_checkpointing and self.training:
-            return "preact"
-        if not torch.is_grad_enabled():
-            return "recompute"
-        rows = self.adapter.router(self).top_k * experts.gate_up.shape[-2]
-        rows += sum(ffn.gate_up.shape[-2] for ffn in (personal, shared) if ffn is not None)
-        held = x.numel() // x.shape[-1] * rows * x.element_size()
-        return "preact" if held <= LITTLE * expert_bytes([experts]) else "recompute"
+    def kept(self) -> Save:
+        """What backward keeps of a call, as :func:`flex_kernels.flex_moe` takes it."""
+        replayed = self.save == "auto" and self.gradient_checkpointing and self.training
+        return "preact" if replayed else self.save
 
     def route(self, x: Tensor) -> Router | Routed:
         return self.adapter.route(self, x.reshape(-1, x.shape[-1]))

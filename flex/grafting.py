@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from flex.block import GraftedBlock, LayerSave, grafted_blocks, pass_checkpointing_on
+from flex.block import GraftedBlock, grafted_blocks, pass_checkpointing_on
 from flex.hf_quantizer import refuse_save_pretrained
 from flex.importance import Importance, check_importance
 from flex.models import find_blocks
@@ -35,7 +35,7 @@ from flex.shared_experts import (
 from flex_kernels.check import DTYPES, check_option
 from flex_kernels.dispatch import resolve_backend
 from flex_kernels.quantize import Kind
-from flex_kernels.types import Mix
+from flex_kernels.types import Mix, Save
 
 PersonalKind = Literal["full", "lora"]
 
@@ -98,7 +98,7 @@ def graft(
     calibration: Iterable[Batch] | None = None,
     *,
     mix: Mix = "add",
-    save: LayerSave = "auto",
+    save: Save = "auto",
     backend: str = "auto",
     personal: PersonalKind | None = "full",
     rank: int = 16,
@@ -124,9 +124,8 @@ def graft(
             pretrained layer, and rounding should not answer it. A model whose experts were loaded quantised
             has no others to choose by.
         mix, backend: of the layer, see :func:`flex_kernels.flex_moe`.
-        save: of the layer, see there; "auto" keeps pre-activations where gradient checkpointing runs the
-            layer again, so that backward need not compute them once more, and in calls of so few tokens that
-            they take at most 1/32 of what the layer's routed experts hold. Elsewhere it recomputes them.
+        save: likewise; "auto" also keeps pre-activations where gradient checkpointing runs the layer again,
+            so that backward need not compute them once more.
         personal: "full" trains a whole copy of the expert, "lora" low-rank changes to it; None grafts the
             fused layer alone.
         rank, alpha: of the low-rank matrices with ``personal="lora"``.

@@ -194,7 +194,7 @@ def check_arguments(
         if shared.gate_weight is not None:
             check_tensor("shared.gate_weight", shared.gate_weight, (hidden,), device)
     check_option("mix", mix, ("add", "convex"))
-    check_option("save", save, ("recompute", "preact"))
+    check_option("save", save, ("auto", "recompute", "preact"))
 
 
 def check_module(

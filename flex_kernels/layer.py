@@ -17,6 +17,9 @@ from flex_kernels.dispatch import resolve_backend
 from flex_kernels.quantize import Quantized
 from flex_kernels.types import Experts, Mix, Personal, Routed, Router, Save, Shared
 
+# Of the bytes of a layer's routed experts, what save="auto" keeps of pre-activations at most.
+LITTLE = 1 / 32
+
 
 def flex_moe(
     x: Tensor,
@@ -25,7 +28,7 @@ def flex_moe(
     personal: Personal | None = None,
     shared: Shared | None = None,
     mix: Mix = "add",
-    save: Save = "recompute",
+    save: Save = "auto",
     backend: str = "auto",
     return_router_logits: bool = False,
 ) -> Any:
@@ -44,7 +47,7 @@ def flex_moe(
         mix: ``"add"`` or ``"convex"``.
         save: ``"recompute"`` keeps x, ids, weights and gates for the backward pass (about 2H + 12K bytes a
             token in bf16); ``"preact"`` also keeps the pre-activations, 4 K I bytes a token more, and is
-            faster.
+            faster; ``"auto"`` does so in calls of few tokens (see :func:`keeps_preact`).
         backend: ``"auto"``, or a name from :func:`flex_kernels.backends`.
         return_router_logits: also return the router's logits [T, E] in float32.
 
@@ -151,10 +154,30 @@ def fused_moe(
         shared_down_scales,
         shared_gate_T,
         mix,
-        save == "preact",
+        keeps_preact(save, x_TH, ids_TK.shape[1], experts, personal, shared),
         backend,
     )[0]
     return y_TH, logits_TE if want_logits else None
+
+
+def keeps_preact(
+    save: Save, x_TH: Tensor, top_k: int, experts: Experts, personal: Personal | None, shared: Shared | None
+) -> bool:
+    """Whether a call keeps its pre-activations: never where gradients are off.
+
+    ``"auto"`` keeps them where they take at most ``LITTLE`` of what the routed experts hold: there reading
+    weights takes most of the time, and computing them again would read a part of them twice.
+    """
+    if save == "recompute" or not torch.is_grad_enabled():
+        return False
+    if save == "preact":
+        return True
+    columns = top_k * experts.gate_up.shape[1]
+    columns += sum(ffn.gate_up.shape[0] for ffn in (personal, shared) if ffn is not None)
+    parts = (*stored(experts.gate_up), *stored(experts.down))
+    # Not nbytes, which a tracer with symbolic sizes does not know.
+    held = sum(t.numel() * t.element_size() for t in parts if t is not None)
+    return x_TH.shape[0] * columns * x_TH.element_size() <= LITTLE * held
 
 
 def skip_unknown(ids_TK: Tensor, experts: int, backend: str) -> Tensor:

@@ -91,7 +91,7 @@ class FlexMoE(nn.Module):
         experts: Experts,
         shared: Shared | None = None,
         mix: Mix = "add",
-        save: Save = "recompute",
+        save: Save = "auto",
         backend: str = "auto",
     ):
         super().__init__()

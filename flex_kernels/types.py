@@ -16,7 +16,7 @@ from flex_kernels.quantize import Kind, Quantized, quantize
 
 Score = Literal["softmax", "sigmoid"]
 Mix = Literal["add", "convex"]
-Save = Literal["recompute", "preact"]
+Save = Literal["auto", "recompute", "preact"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from cases import make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from flex_kernels import flex_moe
+from flex_kernels import Experts, flex_moe
 
 
 def kept_bytes(case, save: str) -> int:
@@ -47,6 +47,47 @@ def test_preact_keeps_the_pre_activations_too():
     per_token = (kept_bytes(training_case(512), "preact") - kept_bytes(training_case(256), "preact")) / 256
     H, K, I, personal_width = 256, 4, 128, 128
     assert per_token <= 2 * H + 12 * K + 2 * (2 * I) * K + 2 * (2 * personal_width)
+
+
+@pytest.mark.parametrize("kind, shared, few", [(None, "none", 38), (None, "gated", 34), ("int8", "none", 19)])
+def test_auto_keeps_pre_activations_of_few_tokens(kind, shared, few):
+    # Pre-activations of 4 chosen experts and the personal one, of width 128, and a shared one of width 80, in
+    # bf16; a 32nd of 16 * 3 * 128 * 256 weights of 2 bytes, or of 1 and a scale of 2 bytes a row.
+    a_token = 2 * (5 * 2 * 128 + (2 * 80 if shared == "gated" else 0))
+    held = 16 * (3 * 128 * 256 * 2 if kind is None else 3 * 128 * 256 + 2 * (2 * 128 + 256))
+    assert few == held // 32 // a_token
+
+    def case(tokens):
+        made = make_case(
+            T=tokens,
+            H=256,
+            E=16,
+            K=4,
+            I=128,
+            dtype=torch.bfloat16,
+            personal_width=128,
+            shared=shared,
+            shared_width=80,
+        )
+        if kind is not None:
+            made = replace(made, experts=Experts.quantize(made.experts.gate_up, made.experts.down, kind))
+        return made.requiring("x", "personal.gate_up")
+
+    def kept(tokens, save):
+        return kept_bytes(case(tokens), save)
+
+    assert kept(few, "auto") == kept(few, "preact") == kept(few, "recompute") + few * a_token
+    assert kept(few + 1, "auto") == kept(few + 1, "recompute") < kept(few + 1, "preact")
+
+
+@pytest.mark.parametrize("save", ["auto", "preact"])
+def test_without_gradients_no_pre_activation_is_made(save):
+    case = make_case(T=8, H=64, E=16, K=4, I=37, personal_width=37, shared="none").requiring("x")
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), LargestAllocation() as forward:
+            flex_moe(case.x_TH, case.router, case.experts, case.personal, save=save)
+        assert case.x_TH.shape in forward.shapes
+        assert ((8 * 4, 2 * 37) in forward.shapes) == ((8, 2 * 37) in forward.shapes) == gradients
 
 
 def test_no_cast_copy_of_a_float32_personal_expert_is_kept():

@@ -75,7 +75,7 @@ def test_an_expert_that_is_no_integer_is_refused(expert):
         ({"experts": {"gate_up": [1]}}, r"experts.gate_up must be a tensor \[E, 2\*I, H\], got list"),
         ({"shared": {"gate_weight": torch.zeros(23)}}, r"shared.gate_weight must be \[24\], got \[23\]"),
         ({"mix": "foo"}, r"mix='foo' is not one of 'add', 'convex'"),
-        ({"save": "all"}, r"save='all' is not one of 'recompute', 'preact'"),
+        ({"save": "all"}, r"save='all' is not one of 'auto', 'recompute', 'preact'"),
         ({"backend": "tpu"}, r"backend='tpu' is not one of 'auto', 'reference'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
