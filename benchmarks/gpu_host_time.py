@@ -75,7 +75,8 @@ def module(p: Problem, backend: str, shared: bool = False) -> FlexMoE:
     )
     router, gate_up, down = rows
     extra = Shared(gate_up, down, torch.randn(layer.H)) if shared else None
-    built = FlexMoE(Router(router, layer.K), Experts(p.gate_up_E2IH, p.down_EHI), extra, backend=backend)
+    experts = Experts(p.gate_up_E2IH, p.down_EHI)
+    built = FlexMoE(Router(router, layer.K), experts, extra, save="recompute", backend=backend)
     built.personalize(0)
     return built
 

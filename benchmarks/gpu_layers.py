@@ -75,7 +75,7 @@ def ours(p: Problem, backend: str, save: str) -> Forward:
 def ours_quantised(p: Problem, backend: str, kind: Kind) -> Forward:
     """The same experts rounded to 8 or 4 bits: another layer's values, at another size in memory."""
     experts, routed = Experts.quantize(p.gate_up_E2IH, p.down_EHI, kind), Routed(p.ids_TK, p.weights_TK)
-    return lambda x: flex_moe(x, routed, experts, backend=backend)
+    return lambda x: flex_moe(x, routed, experts, save="recompute", backend=backend)
 
 
 def ours_complete(p: Problem, backend: str, save: str) -> Forward:
