@@ -285,9 +285,10 @@ def test_experts_of_many_rows_stay_apart():
         [],
     ):
         assert fused.tokens_to_mix(groups) == 0
-    # Weights that are read twice decide.
+    # Weights that are read twice decide, and wide elements.
     mixture = [*routed_groups([2, 2], 16), shared]
     assert len(fused.batches(mixture)) == 2
+    assert len(fused.batches(mixture, itemsize=4)) > 2
     assert [len(b) for b in fused.batches(mixture, most_bytes=1)][:2] == [1, 1]
 
 

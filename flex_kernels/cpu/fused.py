@@ -97,9 +97,12 @@ def bytes_read_twice(group: Group) -> int:
     return size if size < cache_bytes() else 0
 
 
-def batches(groups: list[Group], most_bytes: int | None = None) -> list[list[Segment]]:
+def batches(groups: list[Group], most_bytes: int | None = None, itemsize: int = 2) -> list[list[Segment]]:
     """Cut the groups into batches of segments whose hidden rows fit in a bounded buffer, and whose weights
     that are read twice take no more than ``most_bytes``, where given.
+
+    Few rows and many share batches where elements are ``itemsize`` = 2 bytes: wider ones would take more
+    memory than that is worth.
 
     A group whose weights need gradients stays in one piece up to WEIGHT_ROWS: its gradient is one product.
     """
@@ -107,7 +110,7 @@ def batches(groups: list[Group], most_bytes: int | None = None) -> list[list[Seg
     widths = {name: room(block.width) for name, block in blocks.items()}
     total, widest = sum(g.rows * widths[id(g.block)] for g in groups), max(widths.values(), default=0)
     budget = min(max(total // PARTS, FEWEST_ROWS * widest), MOST_ROWS * widest)
-    if most_bytes is None or not any(map(bytes_read_twice, groups)):
+    if itemsize == 2 and (most_bytes is None or not any(map(bytes_read_twice, groups))):
         tokens = tokens_to_mix(groups)
         if tokens:
             return mixed_batches(groups, min(-(-total // budget), -(-tokens // MIXED_TOKENS)))
@@ -278,7 +281,7 @@ class Table:
 
 def forward(x_TH: Tensor, groups: list[Group], out_TH: Tensor) -> None:
     """out += scale * E(x) for every group; ``out_TH`` is float32."""
-    work = batches(groups)
+    work = batches(groups, None, x_TH.element_size())
     scratch = make_scratch(groups, x_TH.shape[1], 1)
     # Kernels may read on behind the last row.
     hidden = ops.kernels.empty(widest_batch(work) + ops.kernels.HIDDEN_UNIT, dtype=x_TH.dtype)
@@ -291,7 +294,7 @@ def forward(x_TH: Tensor, groups: list[Group], out_TH: Tensor) -> None:
 
 def backward(dy_TH: Tensor, x_TH: Tensor, groups: list[Group], dx_TH: Tensor | None) -> None:
     """Fill dscale and the weight gradients of every group; dx += their part (float32), if asked for."""
-    work = batches(groups, None if dx_TH is None else cache_bytes() // 2)
+    work = batches(groups, None if dx_TH is None else cache_bytes() // 2, x_TH.element_size())
     scratch = make_scratch(groups, x_TH.shape[1], 2)
     widest = widest_batch(work)
     dz = ops.kernels.empty(2 * widest, dtype=x_TH.dtype)
