@@ -27,8 +27,10 @@ SECTIONS = {
         measured("liger fused_moe", 2.4),
         measured("dense of equal FLOPs", 1.6),
         measured("flex cuda recompute, int8 experts", 0.5),
-        measured("flex cuda recompute", 0.1, tokens=128, peak_bytes=346_030_081),
+        measured("flex cuda recompute", 0.1, tokens=128, peak_bytes=346_030_081, both_graph_ms=0.05),
+        measured("flex cuda preact", 0.2, tokens=128, both_graph_ms=0.04),
         measured("transformers eager", 0.5, tokens=128),
+        measured("transformers grouped_mm", 0.6, tokens=128, both_graph_ms=0.1),
         {"layer": QWEN.name, "tokens": 8192, "skewed": False, "name": "scattermoe", "missing": "no"},
     ],
     "launches": [
@@ -59,6 +61,9 @@ def test_the_summary_takes_the_faster_of_ours_against_each_peer():
     # 2 x 6 x 2048 x 8192 x 4 x 1408 operations at 8e14 a second, over 2 ms.
     assert many["of_roofline"] == pytest.approx(2 * 6 * 2048 * 8192 * 4 * 1408 / 8e14 / 2e-3)
     assert few["against_best_peer"] == 5.0
+    # eager cannot be captured: the peer that can is the one compared with.
+    assert few["both_graph_ms"] == 0.04 and few["against_best_peer_graph"] == 2.5
+    assert many["both_graph_ms"] is None and many["against_best_peer_graph"] is None
     targets = {t["target"]: t for t in found["targets"]}
     met = {name.removeprefix("Qwen1.5-MoE-A2.7B, "): t["met"] for name, t in targets.items()}
     assert met["T=8192: times grouped_mm"] and met["T=8192: of equal-FLOP dense"]
@@ -93,7 +98,7 @@ def test_the_summary_of_nothing_is_empty():
 def test_a_peer_that_does_not_run_is_no_failure_of_ours():
     bad = [{"name": "liger fused_moe", "failed": "boom"}, {"name": "flex cuda preact", "failed": "boom"}]
     assert [r["name"] for r in gpu_suite.failures({"measurements": bad})] == ["flex cuda preact"]
-    graph = {"name": "flex triton recompute", "both_ms": 1.0, "graph_failed": "boom"}
+    graph = {"name": "flex triton recompute", "both_ms": 1.0, "both_graph_failed": "boom"}
     assert list(gpu_suite.failures({"measurements": [graph]})) == [graph]
 
 
@@ -109,7 +114,7 @@ def test_a_peer_that_hangs_or_crashes_is_no_failure_of_ours():
 def test_the_results_can_be_printed_as_markdown():
     text = tables.gpu_tables(SECTIONS | {"machine": {"gpu": "Some GPU"}})
     assert text.startswith("Measured on Some GPU.")
-    row = "| Qwen1.5-MoE-A2.7B | 8192 | 2.000 | 500 | 0.71 | 1.20 | 1.75 | 1.20 | 0.80 | 4200 | 6, 12 |"
+    row = "| Qwen1.5-MoE-A2.7B | 8192 | 2.000 | 500 | 0.71 | 1.20 | 1.75 | 1.20 | 0.80 |  |  | 4200 | 6, 12 |"
     assert row in text
     assert "| route + permute, T=8192 E=64 K=8: us | 24.00 | at most 25 | met |" in text
     assert tables.gpu_tables({"measurements": [], "note": "no GPU here"}).startswith("No GPU: no GPU here.")
