@@ -12,7 +12,8 @@ from torch import Tensor
 from flex_kernels.quantize import Quantized
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
+EMULATED = "FLEX_EMULATED_GPU" in os.environ
+DEVICE = "cpu" if INTERPRETED or EMULATED else "cuda"
 # The interpreter multiplies bfloat16 wrongly, without a word.
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 

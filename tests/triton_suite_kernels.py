@@ -215,6 +215,15 @@ def test_score_grads_follow_the_equations(mix, gated):
         torch.testing.assert_close(mine.double(), want, rtol=1e-5, atol=1e-5)
 
 
+def test_the_gate_of_a_convex_mix_takes_from_the_routed_sum_without_a_personal_expert():
+    r = Rows(T=70, skip=True)
+    inverse_TK = r.inverse_N.view(r.T, r.K)
+    routed, w, g = normal(3, r.T * r.K), normal(r.T, r.K), torch.sigmoid(normal(r.T))
+    _, got, _ = score_grads(routed, inverse_TK, w, None, g, None, None, "convex", False, True, False)
+    ds_TK = torch.where(inverse_TK >= 0, routed.double().sum(0)[inverse_TK.long()], 0.0)
+    torch.testing.assert_close(got.double(), -(ds_TK * w).sum(1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weight_grad_sums_over_each_experts_rows(dtype):
     r = Rows(dtype=dtype, skip=True)

@@ -107,6 +107,12 @@ FLOAT32 = {
 INTERPRETED = {16: same(Tile(16, 64, 64, group=2, per_sm=3))}
 
 
+def plain_plans(capability: int) -> dict[int, Plan]:
+    """The pinned plans by rows a tile, for 16-bit products. HOPPER's take up to 227 KiB of shared memory,
+    as sm_90 and sm_100 have it; sm_120 has the 99 KiB of sm_86."""
+    return HOPPER if 90 <= capability < 120 else AMPERE
+
+
 def pinned_plan(capability: int, itemsize: int, rows: int, experts: int) -> Plan:
     """The plan used where nothing was tuned: it depends on sizes known to the host alone and benchmarks
     nothing.
@@ -121,7 +127,7 @@ def pinned_plan(capability: int, itemsize: int, rows: int, experts: int) -> Plan
     elif itemsize == 4:
         plans = FLOAT32
     else:
-        plans = HOPPER if capability >= 90 else AMPERE
+        plans = plain_plans(capability)
     each = rows / experts
     return plans[min((m for m in plans if m >= each), default=max(plans))]
 
@@ -166,14 +172,13 @@ def candidates(capability: int, itemsize: int, coded: bool = False) -> dict[int,
     """
     if itemsize == 4:
         return {m: [plan.up] for m, plan in FLOAT32.items()}
-    pinned = HOPPER if capability >= 90 else AMPERE
     found = {}
-    for m, plan in pinned.items():
+    for m, plan in plain_plans(capability).items():
         pinned_tiles = {plan.up, plan.down, plan.down_backward, plan.up_backward}
         tiles = set(pinned_tiles)
         tiles |= {replace(t, stages=t.stages - 1) for t in tuple(tiles) if t.stages > 2}
         tiles |= {replace(t, n=64, warps=4) for t in tuple(tiles) if t.n > 64}
-        if capability >= 90:
+        if any(t.tma for t in pinned_tiles):
             tiles |= {replace(t, tma=False, per_sm=0, flatten=False) for t in tuple(tiles) if t.tma}
             tiles |= {replace(t, flatten=False) for t in pinned_tiles if t.flatten}
         if coded and m < 128:
