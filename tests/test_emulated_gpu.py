@@ -19,11 +19,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 from ptx_emulator import program
 from ptx_emulator.gpu import emulated_gpu
 from ptx_emulator.program import PtxError
+from ptx_emulator.transfers import TRITON_FENCES_COPIES
 
 from flex_kernels import Experts, Routed, flex_moe
-from flex_kernels.triton import tiles
+from flex_kernels.triton import codegen, tiles
 from flex_kernels.triton.grouped_gemm import grouped_gemm
 from flex_kernels.triton.groups import dense
+from flex_kernels.triton.route import route
+from flex_kernels.triton.route_backward import route_backward
 from flex_kernels.triton.up_swiglu import up_swiglu
 
 HERE = Path(__file__).parent
@@ -69,7 +72,7 @@ def agree(case, capability, mix="add", save="recompute", multiprocessors=4):
         got = run(case.to(case.x_TH.dtype), mix=mix, backend="triton", save=save)
     for name, value in got.items():
         assert_close(value, exact[name], plain[name], 3.0, name)
-    assert not gpu.hazards
+    assert not gpu.hazards and "wgmma of registers" not in instructions(gpu)
     return gpu
 
 
@@ -77,6 +80,7 @@ def instructions(gpu):
     """The kinds of instructions in all kernels that the GPU ran."""
     text = "\n".join(compiled.asm["ptx"] for compiled in gpu.compiled.values())
     names = {"wgmma": r"wgmma\.mma_async", "tensor copy": r"cp\.async\.bulk\.tensor", "mma": r"mma\.sync"}
+    names["wgmma of registers"] = codegen.PTX_PATTERNS["register_wgmma"]
     return {name for name, pattern in names.items() if re.search(pattern, text)}
 
 
@@ -112,6 +116,33 @@ def test_experts_without_rows_beside_one_with_all_of_them():
     case = make_case(T=500, H=72, E=6, K=1, I=40, dtype=torch.bfloat16)
     routed = Routed(torch.full((500, 1), 4), torch.rand(500, 1).bfloat16())
     agree(replace(case, router=routed), 90)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_router_s_gradients_with_many_tokens(capability):
+    """From 4096 tokens on programs own more of them; with few they are in the suite of kernels."""
+    T, H, E, K = 4100, 72, 12, 3
+    generator = torch.Generator().manual_seed(0)
+    x_TH = torch.randn(T, H, generator=generator).bfloat16()
+    weight_EH = (torch.randn(E, H, generator=generator) / 4).bfloat16()
+    gates_GH, bias_G = torch.randn(2, H, generator=generator), torch.zeros(2)
+    dw_TK, dg_GT = torch.randn(T, K, generator=generator), torch.randn(2, T, generator=generator)
+
+    x, gates = (t.double().requires_grad_() for t in (x_TH, gates_GH))
+    chosen = (x @ weight_EH.double().T).softmax(1).topk(K, dim=1).values
+    outputs = chosen / chosen.sum(1, keepdim=True), (x @ gates.T).sigmoid().T
+    exact = torch.autograd.grad(outputs, [x, gates], [dw_TK.double(), dg_GT.double()])
+    with emulated_gpu(capability) as gpu:
+        ids, weights, opened, _ = route(
+            x_TH, weight_EH, None, gates_GH, bias_G, K, True, "softmax", 1.0, False
+        )
+        got = route_backward(
+            *(dw_TK, dg_GT, torch.empty(0, E), x_TH, weight_EH, gates_GH, ids, weights),
+            *(opened, True, "softmax", 1.0, [True, False, True, False]),
+        )
+    assert not gpu.hazards
+    for mine, want in zip((got[0], got[2]), exact):
+        assert ((mine.double() - want).norm() / want.norm()) < 6e-3
 
 
 def product(change=None, capability=90, gathered=False):
@@ -168,6 +199,7 @@ def test_the_emulated_gpu_misses_each_instruction_that_a_right_program_needs(cap
         product(without(pattern), capability)
 
 
+@pytest.mark.skipif(not TRITON_FENCES_COPIES, reason="this Triton leaves the fence out")
 def test_what_threads_wrote_is_fenced_before_tensor_cores_read_it():
     with pytest.raises(PtxError, match=r"without fence\.proxy\.async"):
         product(without(r"fence\.proxy\.async[^;]*;"), gathered=True)

@@ -44,6 +44,7 @@ SHARED_TOTAL = {80: 164 * 1024, 90: 228 * 1024}
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 PTX_PATTERNS = {
     "wgmma": r"wgmma\.mma_async",
+    "register_wgmma": r"wgmma\.mma_async[^;]*\},\s*\{",
     "mma": r"mma\.sync",
     "tma_load": r"cp\.async\.bulk\.tensor\.\dd\.shared",
     "cp_async": r"cp\.async\.c[ag]\.shared\.global[^,]*\s\[[^,]*,\s*\[[^,]*,\s*0x10",
@@ -68,6 +69,7 @@ class Resources:
         registers: a thread; stack: bytes a thread in local memory, 0 when nothing spills.
         shared: bytes a program.
         wgmma, mma, tma_load, cp_async: instructions in the PTX; cp_async counts the 16-byte ones.
+        register_wgmma: those wgmma whose first operand comes from registers.
         warps: of one program; occupancy: programs that fit a multiprocessor of the chip at a time.
     """
 
@@ -75,6 +77,7 @@ class Resources:
     stack: int
     shared: int
     wgmma: int
+    register_wgmma: int
     mma: int
     tma_load: int
     cp_async: int

@@ -213,7 +213,9 @@ def route_backward(
     # float32 products, and all that take part in them, stay on the plain cores, where large tiles spill.
     plain = x_TH.element_size() == 4 or weight_EH.dtype != x_TH.dtype
     # Few tokens need many small programs to fill the chip; many need large ones, which read Wr less often.
-    block_t = 64 if T >= 4096 and block_e <= 128 and not plain else 16
+    # Not 64 rows, where sm_90 would multiply dlogits from registers by wgmma: ptxas 12.8 and 12.9, which come
+    # with Triton, may reuse such registers too early (triton-lang/triton#11781).
+    block_t = 32 if T >= 4096 and block_e <= 128 and not plain else 16
     programs = ceil_div(T, block_t)
     want_dz, want_parts = need_gate_bias and G > 0, need_gate_weight and G > 0
     dx_TH = torch.empty_like(x_TH) if need_x else x_TH.new_empty(0)

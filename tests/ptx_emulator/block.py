@@ -33,7 +33,7 @@ class Block:
 
     Attributes:
         values: of the kernel's parameters, by name: numbers and addresses, or a TensorMap.
-        flying: registers that a matrix product in flight will write, with the number of its group.
+        flying: registers that matrix products in flight read or will write, and how many do.
         hazards: texts of instructions that touched such a register before it was there.
     """
 

@@ -60,7 +60,7 @@ def multiply_warp(block: Block, one: Instruction) -> None:
 
 @dataclass
 class Product:
-    """A wgmma in flight: what it reads, and the registers that it will write."""
+    """A wgmma in flight: the shared memory that it reads, and the registers that it reads or will write."""
 
     reads: list[np.ndarray]
     registers: list[str]
@@ -126,7 +126,7 @@ def multiply_group(block: Block, one: Instruction) -> None:
     block.flying = flying
     for at in reads:
         block.shared.reading[at] += 1
-    names = [r.name for r in registers]
+    names = [r.name for r in (*registers, *(a.parts if from_registers else ()))]
     block.products.append(Product(reads, names))
     for name in names:
         block.flying[name] = block.flying.get(name, 0) + 1

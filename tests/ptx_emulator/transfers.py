@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import triton
 
 from .block import TYPES, WARP, Block
 from .program import Instruction, Number, PtxError
 
+# Triton before 3.7.1 leaves out the proxy fence between threads' asynchronous copies and the products that
+# read them (mended by triton-lang/triton#10537): nothing to find in this package's kernels.
+TRITON_FENCES_COPIES = tuple(map(int, triton.__version__.split("+")[0].split(".")[:3])) >= (3, 7, 1)
 # Which 16-byte piece of 128 bytes a swizzle of so many bytes exchanges: by the bits three above.
 SWIZZLES = {0: 0, 32: 1, 64: 3, 128: 7}
 
@@ -123,7 +127,7 @@ def copy_async(block: Block, one: Instruction) -> None:
     values[there] = block.memory.load(addresses[there], size, block.index)
     block.shared.claim(at, block.warps[chosen][:, None])
     block.shared.coming[at] = True
-    block.copies.append(Copy(at, values, True))
+    block.copies.append(Copy(at, values, TRITON_FENCES_COPIES))
 
 
 def commit_copies(block: Block, one: Instruction) -> None:
