@@ -203,6 +203,9 @@ def gpus() -> Iterator[Finding]:
                 f"{properties.name}, sm_{properties.major}{properties.minor}, "
                 f"{free / GIB:.1f} GiB free of {total / GIB:.1f} GiB",
             )
+            triton = version_of("triton", *PACKAGES["triton"])
+            if triton.state == "ok":
+                yield from triton_notes(10 * properties.major + properties.minor, triton.detail)
         driver = (
             query.splitlines()[0].split(",")[1].strip() if query else "unknown (nvidia-smi did not answer)"
         )
@@ -215,6 +218,16 @@ def gpus() -> Iterator[Finding]:
         seen = f"nvidia-smi lists {query.splitlines()[0]}" if query else "nvidia-smi finds none"
         advice = "the driver may be older than torch's CUDA: update it" if query else ""
         yield Finding(topic, "none", "missing", f"{build} but sees no GPU; {seen}", advice)
+
+
+def triton_notes(capability: int, version: str) -> Iterator[Finding]:
+    """What is worth knowing of this Triton on a GPU of this compute capability (90 for sm_90)."""
+    numbers = tuple(int(n) for n in version.split("+")[0].split(".")[:3] if n.isdecimal())
+    if capability >= 90 and numbers < (3, 7, 1):
+        detail = f"triton {version} compiles for sm_{capability} without a fence that PTX asks for"
+        yield Finding(
+            "GPU", "triton", "note", detail, "triton 3.7.1 has it: docs/gpu.md, compilers to know about"
+        )
 
 
 def output_of(*command: str) -> str:

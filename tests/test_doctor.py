@@ -101,6 +101,16 @@ def test_a_cpu_build_of_torch_beside_a_gpu_is_told_what_to_do(monkeypatch):
     assert "CUDA build of torch" in finding.advice
 
 
+@pytest.mark.parametrize(
+    ("capability", "version", "notes"),
+    [(90, "3.6.0", 1), (100, "3.7.0+git1", 1), (90, "3.7.1", 0), (90, "3.10.0", 0), (86, "3.6.0", 0)],
+)
+def test_a_triton_that_leaves_a_fence_out_is_noted_where_it_matters(capability, version, notes):
+    found = list(doctor.triton_notes(capability, version))
+    assert len(found) == notes
+    assert all(f.state == "note" and version in f.detail and "3.7.1" in f.advice for f in found)
+
+
 def test_memory_and_processor_are_those_of_the_system():
     free, total = doctor.memory()
     assert 0 < free <= total
