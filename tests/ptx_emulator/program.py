@@ -67,7 +67,11 @@ class Program:
     targets: dict[int, int] = field(default_factory=dict)
 
 
-SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z")
+# What can stand where a statement can begin; a statement may hold braces around operands.
+TOKEN = re.compile(
+    r"\s+|(?P<open>\{)|(?P<close>\})|(?P<label>\$?\w+):(?!:)|\.[^;\n]*[;\n]"
+    r"|(?P<statement>[^\s;{}][^;{}]*(?:\{[^{}]*\}[^;{}]*)*);"
+)
 STATEMENT = re.compile(r"(?:@(!?)(%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 
 
@@ -105,58 +109,40 @@ def operand(text: str) -> object:
 @lru_cache(maxsize=64)
 def parse(text: str) -> Program:
     """The kernel of a module with a single one."""
-    entry = re.search(r"\.visible \.entry (\w+)\((.*?)\)\s*(?:\.reqntid (\d+)|\.maxntid (\d+))", text, re.S)
+    text = re.sub(r"//[^\n]*", "", text)
+    entry = re.search(r"\.visible \.entry (\w+)\((.*?)\)\s*(?:\.reqntid|\.maxntid) (\d+)", text, re.S)
     if entry is None:
         raise PtxError("no kernel with a fixed number of threads in this text")
-    name, parameters = entry[1], re.findall(r"(\w+_param_\d+)", entry[2])
-    program = Program(name, int(entry[3] or entry[4]), parameters)
+    program = Program(entry[1], int(entry[3]), re.findall(r"(\w+_param_\d+)", entry[2]))
+    # Names of labels hold within their braces: every block of inline assembly has its own.
     jumps: list[tuple[int, tuple[int, ...], str]] = []
-    names: dict[tuple[tuple[int, ...], str], int] = {}
+    labels: dict[tuple[tuple[int, ...], str], int] = {}
     scope: tuple[int, ...] = ()
-    opened, pending, begun = 0, "", 0
-    for number, line in enumerate(text[entry.end() :].splitlines(), text[: entry.end()].count("\n") + 1):
-        line = line.split("//")[0].strip()
-        if not pending and line in ("{", "}"):
-            opened += line == "{"
-            scope = (*scope, opened) if line == "{" else scope[:-1]
+    at, line = entry.end(), text[: entry.end()].count("\n") + 1
+    while found := TOKEN.match(text, at):
+        if found["open"]:
+            scope = (*scope, at)
+        elif found["close"]:
+            scope = scope[:-1]
             if not scope:
                 break
-            continue
-        # An assembly block of its own names, on the line of its first statement.
-        if not pending and line.startswith("{") and not line.endswith(";"):
-            opened, scope, line = opened + 1, (*scope, opened + 1), line[1:].strip()
-        begun = number if not pending else begun
-        pending = f"{pending} {line}".strip()
-        while pending:
-            label = re.match(r"(\$?\w+):\s*", pending)
-            if label:
-                names[scope, label[1]] = len(program.instructions)
-                pending = pending[label.end() :]
-                continue
-            if pending.startswith("."):
-                if not pending.startswith((".reg", ".pragma")) or ";" in pending:
-                    pending = pending.partition(";")[2].strip() if ";" in pending else ""
-                    continue
-                break
-            if pending.startswith("}"):
-                scope, pending = scope[:-1], pending[1:].strip()
-                continue
-            statement, found, rest = pending.partition(";")
-            if not found:
-                break
-            pending = rest.strip()
-            add_statement(program, jumps, scope, statement.strip(), begun)
-    for at, where, label in jumps:
-        known = [names[where[:n], label] for n in range(len(where), -1, -1) if (where[:n], label) in names]
+        elif found["label"]:
+            labels[scope, found["label"]] = len(program.instructions)
+        elif found["statement"]:
+            add_statement(program, jumps, scope, found["statement"].strip(), line)
+        line += found[0].count("\n")
+        at = found.end()
+    if scope:
+        raise PtxError(f"line {line} of {program.name} is not understood")
+    for place, where, label in jumps:
+        known = [labels[where[:n], label] for n in range(len(where), 0, -1) if (where[:n], label) in labels]
         if not known:
-            raise PtxError(f"no label {label} for line {program.instructions[at].line} of {name}")
-        program.targets[at] = known[0]
+            raise PtxError(f"no label {label} for line {program.instructions[place].line} of {program.name}")
+        program.targets[place] = known[0]
     return program
 
 
 def add_statement(program: Program, jumps: list, scope: tuple[int, ...], statement: str, line: int) -> None:
-    if not statement:
-        return
     found = STATEMENT.fullmatch(statement)
     if found is None:
         raise PtxError(f"line {line}: {statement!r} is not understood")
