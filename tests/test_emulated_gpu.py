@@ -20,6 +20,7 @@ from ptx_emulator import program
 from ptx_emulator.gpu import emulated_gpu
 from ptx_emulator.program import PtxError
 from ptx_emulator.transfers import TRITON_FENCES_COPIES
+from triton.runtime.errors import OutOfResources
 
 from flex_kernels import Experts, Routed, flex_moe
 from flex_kernels.triton import codegen, tiles
@@ -215,6 +216,19 @@ def test_a_buffer_is_not_filled_again_while_a_product_reads_it():
 def test_accumulators_read_before_their_product_is_there_are_reported():
     gpu = product(without(r"wgmma\.wait_group\.sync\.aligned 0;"))[2]
     assert gpu.hazards["grouped_gemm_kernel"]
+
+
+def test_a_tile_that_takes_too_much_shared_memory_is_refused_as_on_a_gpu():
+    with emulated_gpu(90), pytest.raises(OutOfResources, match="shared memory"):
+        plan = replace(tiles.HOPPER[128].up, n=256)
+        up_swiglu(
+            torch.zeros(8, 64).bfloat16(),
+            torch.zeros(1, 512, 64).bfloat16(),
+            dense(8, 128),
+            plan,
+            True,
+            False,
+        )
 
 
 def test_an_address_outside_of_every_tensor_is_an_error():

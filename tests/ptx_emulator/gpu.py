@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -23,6 +24,8 @@ from .program import Instruction, PtxError, parse
 from .transfers import TensorMap
 
 TABLE = arithmetic.TABLE | transfers.TABLE | matrices.TABLE
+# Bytes of shared memory that a block may have.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 # Bytes of a swizzle by Triton's name of it.
 SWIZZLE_BYTES = (0, 32, 64, 128)
 
@@ -97,6 +100,8 @@ class Gpu:
         if key not in self.compiled:
             self.compiled[key] = codegen.compile_launch(launch, self.capability)
         compiled = self.compiled[key]
+        if compiled.metadata.shared > SHARED_LIMIT[self.capability]:
+            raise OutOfResources(compiled.metadata.shared, SHARED_LIMIT[self.capability], "shared memory")
         program = parse(compiled.asm["ptx"])
         values = parameters_of(launch, compiled)
         if len(values) != len(program.parameters):
