@@ -203,6 +203,11 @@ def test_the_emulated_gpu_misses_each_instruction_that_a_right_program_needs(cap
 
 
 @pytest.mark.skipif(not TRITON_FENCES_COPIES, reason="this Triton leaves the fence out")
+def test_what_threads_copied_is_multiplied_behind_a_barrier():
+    with pytest.raises(PtxError, match="without a barrier"):
+        product(without(r"bar\.sync\s+0;"), gathered=True)
+
+
 def test_what_threads_wrote_is_fenced_before_tensor_cores_read_it():
     with pytest.raises(PtxError, match=r"without fence\.proxy\.async"):
         product(without(r"fence\.proxy\.async[^;]*;"), gathered=True)

@@ -144,6 +144,9 @@ class SharedMemory:
             raise PtxError("a matrix descriptor beyond the block's shared memory")
         if self.coming[at].any():
             raise PtxError("multiplies what an asynchronous copy is still writing")
+        # Four warps read together: what one of them wrote is another's to the others.
+        if (self.accesses.writer[at] != NOBODY).any():
+            raise PtxError("multiplies what a warp wrote, without a barrier between")
         if self.unfenced[at].any():
             raise PtxError("multiplies what threads wrote without fence.proxy.async")
         return self.bytes[at]

@@ -9,6 +9,7 @@ import numpy as np
 import triton
 
 from .block import TYPES, WARP, Block
+from .memory import NOBODY
 from .program import Instruction, Number, PtxError
 
 # Triton before 3.7.1 leaves out the proxy fence between threads' asynchronous copies and the products that
@@ -101,16 +102,22 @@ def store_matrices(block: Block, one: Instruction) -> None:
 
 @dataclass
 class Copy:
-    """Bytes on their way to shared memory: read at once, there when the program has waited."""
+    """Bytes on their way to shared memory: read at once, there when the program has waited.
+
+    ``warps``: of each row of bytes, the warp whose thread copies it; None for the copy engine. What a thread
+    copies others may read after a barrier behind its wait; what the engine copies, after their own wait.
+    """
 
     at: np.ndarray
     values: np.ndarray
-    by_threads: bool
+    warps: np.ndarray | None
 
     def land(self, block: Block) -> None:
-        block.shared.coming[self.at] = False
-        block.shared.bytes[self.at] = self.values
-        block.shared.unfenced[self.at] = self.by_threads
+        shared, by_threads = block.shared, self.warps is not None
+        shared.coming[self.at] = False
+        shared.bytes[self.at] = self.values
+        shared.unfenced[self.at] = by_threads and TRITON_FENCES_COPIES
+        shared.accesses.writer[self.at] = self.warps[:, None] if by_threads else NOBODY
 
 
 def copy_async(block: Block, one: Instruction) -> None:
@@ -127,7 +134,7 @@ def copy_async(block: Block, one: Instruction) -> None:
     values[there] = block.memory.load(addresses[there], size, block.index)
     block.shared.claim(at, block.warps[chosen][:, None])
     block.shared.coming[at] = True
-    block.copies.append(Copy(at, values, TRITON_FENCES_COPIES))
+    block.copies.append(Copy(at, values, block.warps[chosen]))
 
 
 def commit_copies(block: Block, one: Instruction) -> None:
@@ -235,7 +242,7 @@ def copy_tensor(block: Block, one: Instruction) -> None:
             raise PtxError("a tensor copy beyond the block's shared memory")
         block.shared.claim(at, int(block.warps[thread]))
         block.shared.coming[at] = True
-        barrier_at(block, report, thread).copies.append(Copy(at, values, False))
+        barrier_at(block, report, thread).copies.append(Copy(at, values, None))
 
 
 def barrier_of_copies(block: Block, one: Instruction) -> None:
