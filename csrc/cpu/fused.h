@@ -143,7 +143,10 @@ class Slices {
     const int64_t fewest = pieces(pieces(half_, width), share) * share;
     int64_t least = INT64_MAX;
     for (int64_t slices = fewest; slices <= 2 * fewest; slices += share) {
-      const int64_t wide = pieces(pieces(half_, slices), unit) * unit, most = pieces(pieces(half_, wide), share) * wide;
+      const int64_t wide = pieces(pieces(half_, slices), unit) * unit, cut = pieces(half_, wide);
+      // What the first thread gets: in its last turn maybe the last slice, which may be narrow.
+      const int64_t last = cut % share == 1 % share ? half_ - (cut - 1) * wide : wide;
+      const int64_t most = (pieces(cut, share) - 1) * wide + last;
       if (most >= least) continue;
       least = most;
       width_ = wide;
@@ -185,14 +188,6 @@ void each_slice(const Slices& slices, void* scratch, int64_t bytes, int threads,
   }
 }
 
-// Columns of a slice: codes want whole groups.
-inline int64_t slice_unit(const Segment* segments, int64_t count) {
-  int64_t unit = kPanelColumns;
-  for (int64_t i = 0; i < count; ++i)
-    if (segments[i].gate_up_kind != flex::kStored || segments[i].down_kind != flex::kStored) unit = flex::kGroupColumns;
-  return unit;
-}
-
 // out[tokens] += scale * c
 inline void add_rows(const float* c, int64_t ldc, int64_t rows, const int32_t* tokens, const float* scale, float* out,
                      int64_t hidden, int64_t columns) {
@@ -205,7 +200,7 @@ template <class E>
 void down(const Segment* segments, int64_t count, int64_t hidden, float* out, void* scratch, int64_t bytes,
           int threads) {
   using T = typename E::T;
-  const Slices slices(segments, count, hidden, flex::kSliceColumns, threads, slice_unit(segments, count));
+  const Slices slices(segments, count, hidden, flex::kSliceColumns, threads, kPanelColumns);
   const auto rows_of = [&](int64_t slice, int64_t place) {
     const Segment& s = segments[slices.segment(slice, place)];
     return WeightRows<E>(down_of<E>(s).from(slices.column(slice), 0), slices.columns(slice), s.width);
@@ -246,12 +241,18 @@ template <class E>
 void down_backward(const Segment* segments, int64_t count, int64_t hidden, float* dx, void* scratch, int64_t bytes,
                    int threads) {
   using T = typename E::T;
-  bool thin = false;
-  for (int64_t i = 0; i < count; ++i) thin = thin || PackedCut::is_thin(segments[i]);
+  // NF4 that is not decoded into a tile is taken in whole groups.
+  bool thin = false, groups = false;
+  for (int64_t i = 0; i < count; ++i) {
+    const Segment& s = segments[i];
+    thin = thin || PackedCut::is_thin(s);
+    groups = groups || (s.gate_up_kind == flex::kNf4 && (in_int8(s) || PackedCut::is_thin(s)));
+  }
   // A slice reads a stretch of every weight row, each on a page of its own: where reading is the bound, a long one.
   const int64_t most = thin ? flex::kThinColumns : flex::kSliceColumns;
   const int64_t share = pieces(hidden, int64_t{thin ? 1 : 2} * threads * kPanelColumns) * kPanelColumns;
-  const Slices slices(segments, count, hidden, smaller(most, share), threads, slice_unit(segments, count));
+  const int64_t unit = groups ? flex::kGroupColumns : kPanelColumns;
+  const Slices slices(segments, count, hidden, smaller(most, share), threads, unit);
   const auto columns_of = [&](int64_t i, int64_t column, int64_t columns) {
     const Weight<E> weight = with_inverses(gate_up_of<E>(segments[i]), segments[i]);
     return WeightColumns<E>{weight.from(0, column), columns, 2 * segments[i].width};
