@@ -118,9 +118,11 @@ def test_a_profiler_hears_of_launches_that_were_seen_before(counting):
 
 def test_the_command_prints_times_and_writes_launches_of_both_passes(tmp_path, capsys):
     out = tmp_path / "host.json"
-    gpu_host_time.main(["--rounds", "2", "--tokens", "16", "--out", str(out)])
+    gpu_host_time.main(["--rounds", "2", "--tokens", "16", "--first-tokens", "16", "--out", str(out)])
     assert "Not a GPU figure" in capsys.readouterr().out
-    (record,) = json.loads(out.read_text())["records"]
+    written = json.loads(out.read_text())
+    first, (record,) = written["first_call"], written["records"]
+    assert first["tokens"] == 16 and len(first["forward_s"]) == len(first["backward_s"]) == 2
     assert sum(record["launches"]["cuda, whole layer: forward"].values()) == 7
     assert sum(record["launches"]["triton, whole layer: both"].values()) == 17
     assert all(us > 0 for us in record["microseconds"].values())
