@@ -266,6 +266,7 @@ def test_a_missing_barrier_is_caught(emulation, host_only, T, barrier):
     (
         ({"top_k": 9}, r"top_k=9 is not between 0 and 8 \(of 8 experts\)"),
         ({"weight_EH": torch.zeros(513, 4)}, "513 experts exceed the 512"),
+        ({"gates": (torch.zeros(33, 4), torch.zeros(33))}, "33 gates exceed the 32"),
         ({"x_TH": torch.zeros(4, 3).t()}, r"x must be contiguous \[3, 4\]"),
         (
             {"x_TH": torch.zeros(3, 4, dtype=torch.float64)},

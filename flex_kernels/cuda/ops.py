@@ -27,6 +27,9 @@ FUSED_BYTES = 1 << 20
 PART_SCALE = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 PARTS = 3
 
+# Each is opened by a lane of a warp (csrc/cuda/route.cu).
+MAX_GATES = 32
+
 
 class Permutation(NamedTuple):
     """The stable sort of T*K slots by expert, all int32.
@@ -106,7 +109,7 @@ class RoutingKernels:
             f"{name} must be contiguous {list(shape)} {accepted}, got {list(t.shape)} {dtype}{layout}"
         )
 
-    def check_routing(self, experts: int, top_k: int) -> None:
+    def check_routing(self, experts: int, top_k: int, gates: int) -> None:
         if experts > self.native.MAX_EXPERTS:
             raise ValueError(
                 f"{experts} experts exceed the {self.native.MAX_EXPERTS} that the CUDA kernels take"
@@ -114,6 +117,8 @@ class RoutingKernels:
         if not 0 <= top_k <= min(experts, self.native.MAX_TOP_K):
             limit = min(experts, self.native.MAX_TOP_K)
             raise ValueError(f"top_k={top_k} is not between 0 and {limit} (of {experts} experts)")
+        if gates > MAX_GATES:
+            raise ValueError(f"{gates} gates exceed the {MAX_GATES} that the CUDA kernels take")
 
     def route(
         self,
@@ -143,10 +148,10 @@ class RoutingKernels:
         A NaN score ranks above every number, as in ``torch.sort``, and so shows in the weights.
 
         Raises:
-            ValueError: E > 512, top_k > 32 or > E, or a tensor that does not fit.
+            ValueError: E > 512, G > 32, top_k > 32 or > E, or a tensor that does not fit.
         """
         (T, H), E, G = x_TH.shape, weight_EH.shape[0], gate_weight_GH.shape[0]
-        self.check_routing(E, top_k)
+        self.check_routing(E, top_k, G)
         self.check("x", x_TH, (T, H), tuple(self.codes), x_TH)
         # A gate may be a column or a row of another tensor.
         gate_weight_GH, gate_bias_G = gate_weight_GH.contiguous(), gate_bias_G.contiguous()
