@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 EMULATION = HERE / "emulation"
 CXX = os.environ.get("CXX") or shutil.which("g++")
-TILE_INSTRUCTIONS = re.compile(r"\b(?:tdpbf16ps|tileloadd|tilestored|tilezero|tilerelease|ldtilecfg)\b.*")
+TILE_INSTRUCTIONS = re.compile(r"\b(?:tdpbf16ps|tdpbsud|tileloadd|tilestored|tilezero|tilerelease|ldtilecfg)\b.*")
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or platform.machine() != "x86_64" or CXX is None,
@@ -110,13 +110,14 @@ def run_tests(extension: Path, *arguments: str, **variables: str) -> str:
 
 def processor_has_tiles() -> bool:
     flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return flags is not None and {"amx_tile", "amx_bf16"} <= set(flags[1].split())
+    return flags is not None and {"amx_tile", "amx_bf16", "amx_int8"} <= set(flags[1].split())
 
 
 @pytest.fixture(name="runs", scope="module")
 def runs_fixture(folder) -> Iterator[dict[str, Future[str]]]:
     """The tests on emulated tiles and those on trapped instructions, at the same time."""
-    files = ["test_native_cpu.py", "test_cpu_backend.py", "test_cpu_quantized.py", "amx_suite.py"]
+    files = ["test_native_cpu.py", "test_cpu_backend.py", "test_cpu_quantized.py"]
+    files += ["test_cpu_int8_products.py", "amx_suite.py"]
     # Other dtypes go to the AVX-512 kernels, which one test makes sure of; gradients of weights are torch's.
     chosen = "amx and (other_dtypes or not torch.float) and not weight_gradients and not float32s_digits"
     trap = {"FLEX_TEST_TRAP": str(folder / "trap.so")}
@@ -124,7 +125,7 @@ def runs_fixture(folder) -> Iterator[dict[str, Future[str]]]:
         found = {"emulated": pool.submit(run_tests, folder / "emulated.so", *files, "-k", chosen)}
         if not processor_has_tiles():
             # A trap takes far longer than its instruction: every kind of product, at few sizes.
-            some = ("amx_suite.py", "-k", "recompute or gradients or 6301")
+            some = ("amx_suite.py", "-k", "recompute or gradients or 6301 or in_int8")
             found["trapped"] = pool.submit(run_tests, folder / "trapped.so", *some, **trap)
         yield found
 
@@ -158,10 +159,11 @@ def tile_instructions(library: Path) -> list[str]:
 def test_the_shipped_binary_multiplies_tiles_and_knows_no_emulation():
     library = Path(native._cpu_ops.__file__)
     found = tile_instructions(library)
-    products = {line for line in found if line.startswith("tdpbf16ps")}
+    products = {line for line in found if line.startswith("tdp")}
     # Two tiles by two: every pair of operands once, four sums.
+    operands = [(4, 6, 0), (4, 7, 1), (5, 6, 2), (5, 7, 3)]
     assert products == {
-        f"tdpbf16ps %tmm{b},%tmm{a},%tmm{c}" for a, b, c in [(4, 6, 0), (4, 7, 1), (5, 6, 2), (5, 7, 3)]
+        f"{name} %tmm{b},%tmm{a},%tmm{c}" for a, b, c in operands for name in ("tdpbf16ps", "tdpbsud")
     }
     names = {line.split()[0] for line in found}
     assert {"tileloadd", "tilestored", "tilezero", "tilerelease", "ldtilecfg"} <= names

@@ -14,7 +14,7 @@ using flex::kBlockRows;
 using flex::kTileWords;
 
 // Rows of A at a time: two vectors of sums each, and the tile's two words, fit in the registers.
-constexpr int kTileRows = W == 16 ? 12 : 6;
+constexpr int kRowsAtOnce = W == 16 ? 12 : 6;
 
 // Where a group of rows finds the words of a tile: in the weight, in the weight and leaves them, where they were left.
 enum class Tile { kOnce, kFirst, kAgain };
@@ -116,7 +116,7 @@ void packed_column_product(Pack pack, int64_t rows, const WeightColumns<E>& b, f
   const bool stored = weight.stored();
   alignas(64) float tile[kTileWords * kPanelColumns];
   for (int64_t k0 = 0; k0 < b.k; k0 += kBlock) {
-    const int64_t length = smaller(kBlock, b.k - k0), slots = pieces(rows, kTileRows) * pieces(length, P::kPerWord);
+    const int64_t length = smaller(kBlock, b.k - k0), slots = pieces(rows, kRowsAtOnce) * pieces(length, P::kPerWord);
     pack(k0, length);
     for (int64_t j = 0; j < b.columns; j += kPanelColumns) {
       const int columns = static_cast<int>(smaller(kPanelColumns, b.columns - j));
@@ -126,9 +126,9 @@ void packed_column_product(Pack pack, int64_t rows, const WeightColumns<E>& b, f
                   slots);
       if (!stored) decode_tile<E>(weight, k0, length, j, columns, tile);
       const typename E::T* from = stored ? weight.at(k0, j) : nullptr;
-      evenly(rows, kTileRows, [&](int64_t r, int64_t some) {
+      evenly(rows, kRowsAtOnce, [&](int64_t r, int64_t some) {
         const auto run = !stored || r         ? TileProduct<E, Tile::kAgain>::of
-                         : rows > kTileRows ? TileProduct<E, Tile::kFirst>::of
+                         : rows > kRowsAtOnce ? TileProduct<E, Tile::kFirst>::of
                                             : TileProduct<E, Tile::kOnce>::of;
         run(static_cast<int>(some))(from, stored ? weight.ld : 0, columns, length, tile, work.a + r * kTileWords,
                                     c + r * ldc + j, ldc, k0 > 0, ahead);

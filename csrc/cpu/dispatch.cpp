@@ -60,11 +60,11 @@ bool tiles_granted() {
 }
 
 bool has_amx() {
-  constexpr uint32_t kAmxBF16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr uint32_t kAmxBF16 = 1u << 22, kAmxTile = 1u << 24, kAmxInt8 = 1u << 25, kAll = kAmxBF16 | kAmxTile | kAmxInt8;
   constexpr uint64_t kTileStates = uint64_t{3} << 17;
   uint32_t a, b, c, d;
   if (!has_avx512() || (saved_states() & kTileStates) != kTileStates) return false;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBF16) || !(d & kAmxTile)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
   static const bool granted = tiles_granted();
   return granted;
 }

@@ -127,9 +127,9 @@ inline void up_tiles(const Word* x, int64_t hidden, const Segment* segments, int
 }
 
 // Slices of the output's columns, the same number for every thread.
-struct Slices {
+struct TileSlices {
   int64_t hidden, width;
-  Slices(int64_t hidden, int threads) : hidden(hidden) {
+  TileSlices(int64_t hidden, int threads) : hidden(hidden) {
     const int64_t slices = pieces(pieces(hidden, kTileColumns), threads) * threads;
     width = rounded(pieces(hidden, slices), kTilePair);
   }
@@ -146,7 +146,7 @@ inline TileStrip down_strip(const Segment& s, int64_t column, int64_t end) {
 inline void down_tiles(const Segment* segments, int64_t count, int64_t hidden, float* out, void* scratch,
                        int64_t bytes, int threads) {
   constexpr int64_t kReach = kHeldElements / kTileRows;  // of the reduced dimension, while all rows fit in the cache
-  const Slices slices(hidden, threads);
+  const TileSlices slices(hidden, threads);
   const int64_t tasks = slices.count(), most = most_rows(segments, count);
 #pragma omp parallel num_threads(threads)
   {
@@ -195,7 +195,7 @@ inline void down_tiles(const Segment* segments, int64_t count, int64_t hidden, f
 // dx[tokens] += dz gate_up
 inline void down_backward_tiles(const Segment* segments, int64_t count, int64_t hidden, float* dx, void* scratch,
                                 int64_t bytes, int threads) {
-  const Slices slices(hidden, threads);
+  const TileSlices slices(hidden, threads);
   const int64_t tasks = slices.count(), most = most_rows(segments, count);
 #pragma omp parallel num_threads(threads)
   {

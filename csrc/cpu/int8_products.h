@@ -1,8 +1,9 @@
-// Products of int8 with int8, AVX-512: int8 experts where the caller allows their other operand to be rounded to int8
-// as well. Include products.h and thin.h first.
+// Products of int8 with int8, AVX-512 and AMX: quantised experts where the caller allows their other operand to be
+// rounded to int8 as well. Include products.h and thin.h first.
 //
 // A tile of codes, put together four to a word, stays in the first-level cache and meets groups of rows one after
-// another. Sums of a group of elements are exact integers; groups are added up in float32.
+// another. Sums of a group of elements are exact integers; groups are added up in float32. What multiplies is an
+// Int8Rows, of one header or another: VPDPBUSD or, where FLEX_INT8_TILES is defined, AMX; bits do not depend on it.
 #pragma once
 
 #include <cstring>
@@ -16,10 +17,28 @@ namespace {
 constexpr int64_t kTileCodes = 256;    // of the reduced dimension that a tile in the first-level cache holds
 constexpr int64_t kBlockCodes = 2048;  // of the reduced dimension that packed rows hold
 constexpr int64_t kStarts = kBlockCodes / kInt8Group;
-constexpr int kInt8Rows = 12;  // rows at a time: 24 vectors of sums
 
 // Words of a tile: word w of column j at w * columns + j, its four codes from low to high.
 using Int8Tile = float[kTileCodes / 4 * kPanelCodes];
+
+// start[r][g]: what the sums of group g of row r of `rows` from `first` on begin with, of the codes from element
+// `block` on.
+inline void find_starts(const Int8Operand& a, int64_t first, int64_t rows, int64_t block, int64_t codes,
+                        int32_t (*start)[kStarts]) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t g = 0; g * kInt8Group < codes; ++g)
+      start[r][g] = -128 * sum_of_codes(a, first + r, block / kInt8Group + g);
+}
+
+}  // namespace
+
+#if defined(FLEX_INT8_TILES)
+#include "cpu/int8_tiles.h"
+#else
+#include "cpu/int8_vectors.h"
+#endif
+
+namespace {
 
 // Factors of a product with NF4. Of a panel of rows: those of a block's groups, a quad of rows at a time. Of columns:
 // those of all columns' groups, a quad of a block's rows at a time and without gaps, as there are many.
@@ -97,69 +116,6 @@ void pack_columns_of_codes(const Weight<E>& weight, int64_t column, int64_t colu
   }
 }
 
-// c [M, kPanelColumns] (+)= scale * a [words][W], of whose rows there are M, times two vectors of a tile whose words
-// are `step` apart: one group. start and scale hold a value a row, kStarts and `groups` apart.
-template <int M>
-void int8_tile_product(const float* tile, int64_t step, int64_t words, const float* a, const int32_t* start,
-                       const float* scale, int64_t groups, float* c, int64_t ldc, bool accumulate, Ahead& shared) {
-  Ahead ahead = shared;
-  V sums[M][2];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) {
-    sums[i][0] = _mm512_castsi512_ps(_mm512_set1_epi32(start[i * kStarts]));
-    sums[i][1] = sums[i][0];
-  }
-  for (; words > 0; --words, tile += step, a += W) {
-    ahead.some();
-    const V low = Float32::load(tile), high = Float32::load(tile + W);
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-      const V word = set1(a[i]);
-      add_products(sums[i][0], low, word);
-      add_products(sums[i][1], high, word);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) {
-    const V factor = set1(scale[i * groups]);
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) {
-      float* to = c + i * ldc + v * W;
-      const V part = _mm512_cvtepi32_ps(_mm512_castps_si512(sums[i][v]));
-      Float32::store(to, accumulate ? fma(part, factor, Float32::load(to)) : mul(part, factor));
-    }
-  }
-  shared = ahead;
-}
-
-template <int... M>
-struct Int8TileProducts {
-  using Function = void (*)(const float*, int64_t, int64_t, const float*, const int32_t*, const float*, int64_t, float*,
-                            int64_t, bool, Ahead&);
-  static constexpr Function of[] = {int8_tile_product<M>...};
-};
-
-inline auto int8_tile_product_of(int64_t rows) {
-  return Int8TileProducts<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>::of[rows - 1];
-}
-
-// out [count][W]: `count` words from element `block` on of the operand's rows [first, first + rows), of which there are
-// at most W; start[r]: what the sums of each group of row r begin with.
-inline void pack_operand(const Int8Operand& a, int64_t first, int64_t rows, int64_t block, int64_t count, float* out,
-                         int32_t (*start)[kStarts]) {
-  const int8_t* from = a.codes + first * a.ld() + block;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t g = 0; g * kInt8Group < count * 4; ++g)
-      start[r][g] = -128 * sum_of_codes(a, first + r, block / kInt8Group + g);
-  for (int64_t w = 0; w < count; w += W, out += W * W) {
-    __m512i square[W];
-    for (int64_t r = 0; r < W; ++r)
-      square[r] = r < rows ? _mm512_loadu_si512(from + r * a.ld() + 4 * w) : _mm512_setzero_si512();
-    transpose(square);
-    for (int64_t r = 0; r < W; ++r) _mm512_storeu_si512(out + r * W, square[r]);
-  }
-}
-
 // C [rows, columns rounded up to kPanelColumns] = A B for at most kBlockRows rows, those of `a` from `first_row` on.
 // B's columns are rows of the weight (kReduceRows) or its columns; `coming`: what the next product reads first.
 template <bool kReduceRows, bool kNf4, class E>
@@ -171,19 +127,14 @@ void int8_product_of(const Int8Operand& a, int64_t first_row, int64_t rows, cons
   }
   alignas(64) Int8Tile tile;
   alignas(64) Factors factors;
-  int32_t start[kBlockRows][kStarts];
-  float* words = work.a;
-  // Which of the even groups of rows begins with row r.
-  const auto group_of = [rows](int64_t r) { return pieces(r * pieces(rows, kInt8Rows), rows); };
+  Int8Rows packed(a, first_row, rows, work.a);
   const auto area = [&](int64_t j, int64_t k0) {
     const int64_t some = smaller(kPanelCodes, columns - j), length = smaller(kTileCodes, a.k - k0);
     return kReduceRows ? weight.area(j, some, k0, length) : weight.area(k0, length, j, some);
   };
   for (int64_t block = 0; block < a.k; block += kBlockCodes) {
-    const int64_t stretch = smaller(kBlockCodes, a.k - block), count = pieces(stretch, 64) * 16;
-    evenly(rows, kInt8Rows, [&](int64_t r, int64_t several) {
-      pack_operand(a, first_row + r, several, block, count, words + group_of(r) * count * W, start + r);
-    });
+    const int64_t stretch = smaller(kBlockCodes, a.k - block);
+    packed.pack(block, pieces(stretch, flex::kInt8Unit) * flex::kInt8Unit);
     if (kNf4 && !kReduceRows) factors.find_of_columns(weight, block, stretch, columns);
     for (int64_t j = 0; j < columns; j += kPanelCodes) {
       const int64_t some = smaller(kPanelCodes, columns - j);
@@ -195,21 +146,12 @@ void int8_product_of(const Int8Operand& a, int64_t first_row, int64_t rows, cons
                     : j + kPanelCodes < columns ? area(j + kPanelCodes, block)
                     : block + kBlockCodes < a.k ? area(0, block + kBlockCodes)
                                                 : coming,
-                    pieces(rows, kInt8Rows) * pieces(length, 4) * vectors / 2);
+                    packed.slots(length, vectors));
         if (kReduceRows)
           pack_rows_of_codes<kNf4>(weight, j, some, k0, length, vectors, &factors, k / kGroupCodes, tile);
         else
           pack_columns_of_codes<kNf4>(weight, j, some, k0, length, vectors, &factors, k / kQuad, tile);
-        for (int v = 0; v < vectors; v += 2)
-          evenly(rows, kInt8Rows, [&](int64_t r, int64_t several) {
-            const auto run = int8_tile_product_of(several);
-            const float* packed = words + (group_of(r) * count + k / 4) * W;
-            for (int64_t g = 0; g < length; g += kInt8Group)
-              run(tile + (g / 4 * vectors + v) * W, vectors * W, pieces(smaller(kInt8Group, length - g), 4),
-                  packed + g / 4 * W, start[r] + (k + g) / kInt8Group,
-                  a.scales + (first_row + r) * a.groups() + (k0 + g) / kInt8Group, a.groups(), c + r * ldc + j + v * W,
-                  ldc, k0 + g > 0, ahead);
-          });
+        packed.multiply(tile, vectors, k, length, c + j, ldc, ahead);
       }
     }
   }

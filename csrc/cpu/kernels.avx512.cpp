@@ -3,7 +3,7 @@
 // these instructions.
 #include "cpu/vector_avx512.h"
 #include "cpu/rows.h"
-#include "cpu/fused.h"
+#include "cpu/fused_any.h"
 #include "cpu/weight_gradient.h"
 
 namespace flex {

@@ -1,8 +1,9 @@
-// The tile operations of AMX-BF16, one inline function each.
+// The tile operations of AMX-BF16 and AMX-INT8, one inline function each.
 //
 // Eight tiles of 16 rows of 64 bytes: tile C [16, 16] float32 += A [16, 32] bfloat16 times B [32, 16], where row p of
-// B's tile holds rows 2p and 2p + 1 of B in pairs, column after column. Every kernel uses whole tiles and pads its
-// operands, so one configuration serves all. Registers and configuration belong to a thread.
+// B's tile holds rows 2p and 2p + 1 of B in pairs, column after column; or C in int32, A [16, 64] in int8 and B [64, 16]
+// in unsigned bytes, four rows of B in a row of its tile. Every kernel uses whole tiles and pads its operands, so one
+// configuration serves all. Registers and configuration belong to a thread.
 #pragma once
 
 #include <cstdint>
@@ -61,6 +62,12 @@ inline void store(void* to, int64_t stride) {
 template <int C, int A, int B>
 inline void multiply_add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+}
+
+// The same for signed bytes in A and unsigned ones in B.
+template <int C, int A, int B>
+inline void multiply_add_codes() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
 
 }  // namespace tiles

@@ -141,6 +141,7 @@ struct Shape {
   std::vector<int64_t> rows;  // of every segment
   int64_t H, I;
   int64_t gate_up_kind, down_kind;
+  bool int8_products = false;  // the other operands are rounded to int8 too
 };
 
 // What the four fused functions of a table give for one shape, backward with z as kept and with z computed again.
@@ -182,6 +183,12 @@ class Problem {
     // Fresh for every call: the first touch of each page is a fault, in the middle of a tile too.
     Pages hidden(2 * (total * room + flex::kHiddenUnit)), z(4 * total * I), dz(4 * total * I), scaled(2 * total * I);
     Pages dscale(4 * total), y(4 * T_ * H), dx(4 * T_ * H), partial(4 * total * ((I + 63) / 64));
+    // Rows rounded to int8, of at most H or 2I elements, and what NF4 is multiplied with then: a float for every row.
+    const int64_t widest = H > 2 * I ? H : 2 * I, kept_rows = s_.int8_products ? total : 0;
+    const int64_t ld = (widest + flex::kInt8Unit - 1) / flex::kInt8Unit * flex::kInt8Unit;
+    const int64_t groups = (widest + flex::kInt8Group - 1) / flex::kInt8Group;
+    Pages codes(kept_rows * ld), code_scales(4 * kept_rows * groups), dy_codes(kept_rows * ld);
+    Pages dy_scales(4 * kept_rows * groups), inverses(s_.int8_products ? 4 * count * widest : 0);
     std::vector<Segment> forward(count), backward(count);
     for (int64_t e = 0, at = 0; e < count; at += s_.rows[e++]) {
       const Matrix &up = gate_up_[e], &down = down_[e];
@@ -189,6 +196,13 @@ class Problem {
       forward[e] = {up.stored.word(), up.ld, up.scales.word(), up.scales_ld, up.kind, down.stored.word(), down.ld,
                     down.scales.word(), down.scales_ld, down.kind, I, s_.rows[e], tokens_[e]->word(),
                     scale_[e]->word(), hidden.word() + 2 * at * room, z_at, 0, 0};
+      if (s_.int8_products) {
+        forward[e].codes = codes.word() + at * ld;
+        forward[e].code_scales = code_scales.word() + 4 * at * groups;
+        forward[e].dy_codes = dy_codes.word() + at * ld;
+        forward[e].dy_scales = dy_scales.word() + 4 * at * groups;
+        forward[e].inverses = inverses.word() + 4 * e * widest;
+      }
       backward[e] = forward[e];
       backward[e].hidden = dz.word() + 4 * at * I;
       backward[e].dscale = dscale.word() + 4 * at;
@@ -331,7 +345,7 @@ uint64_t states_in_use() {
 void system_part() {
   uint32_t a, b, c, d;
   __cpuid_count(7, 0, a, b, c, d);
-  check(d >> 22 & d >> 24 & 1, "CPUID has AMX-BF16 and AMX-TILE");
+  check(d >> 22 & d >> 24 & d >> 25 & 1, "CPUID has AMX-BF16, AMX-TILE and AMX-INT8");
   const int refused = in_a_child(touch_a_tile);
   check(WIFSIGNALED(refused) && WTERMSIG(refused) == SIGILL, "a tile without permission is SIGILL");
   check(ends_well(in_a_child(amx_with_a_small_signal_stack)), "refused permission leaves the AVX-512 kernels");
@@ -350,22 +364,29 @@ void kernels_part(bool whole_system) {
       {{20}, 257, 17, S, S},          {{20}, 40, 600, S, S},         {{34, 2}, 520, 70, S, S},
       {{33, 9, 70}, 66, 63, J, J},    {{33, 9, 70}, 130, 31, N, N},  {{40, 20, 1, 7}, 99, 67, N, J},
       {{18, 64}, 255, 129, J, S},     {{35}, 63, 320, S, N},         {{260}, 48, 40, S, S},
-      {{40}, 2100, 20, S, S},
+      {{40}, 2100, 20, S, S},         {{33, 9, 70}, 66, 63, J, J, true},
+      {{17, 130, 3}, 130, 65, N, N, true}, {{35}, 63, 320, N, J, true}, {{40}, 2100, 20, J, J, true},
   };
-  double worst = 0.0, worst_avx512 = 0.0;
+  double worst = 0.0, worst_avx512 = 0.0, worst_int8 = 0.0;
   uint64_t all = 0;
-  bool same = true;
+  bool same = true, alike = true;
   for (const Shape& shape : shapes) {
     const Problem problem(shape);
     const Results found = problem.run(*flex::amx_kernels(), 1);
-    const double error = problem.error(found), other = problem.error(problem.run(*flex::avx512_kernels(), 1));
-    std::printf("bits %016llx H %lld I %lld codes %lld %lld: error %.2e, AVX-512 %.2e\n",
+    const Results vectors = problem.run(*flex::avx512_kernels(), 1);
+    const double error = problem.error(found), other = problem.error(vectors);
+    std::printf("bits %016llx H %lld I %lld codes %lld %lld%s: error %.2e, AVX-512 %.2e\n",
                 static_cast<unsigned long long>(found.digest), static_cast<long long>(shape.H),
                 static_cast<long long>(shape.I), static_cast<long long>(shape.gate_up_kind),
-                static_cast<long long>(shape.down_kind), error, other);
+                static_cast<long long>(shape.down_kind), shape.int8_products ? " in int8" : "", error, other);
     std::fflush(stdout);
-    worst = error <= worst ? worst : error;
-    worst_avx512 = other <= worst_avx512 ? worst_avx512 : other;
+    if (shape.int8_products) {
+      alike = alike && found.digest == vectors.digest;
+      worst_int8 = error <= worst_int8 ? worst_int8 : error;
+    } else {
+      worst = error <= worst ? worst : error;
+      worst_avx512 = other <= worst_avx512 ? worst_avx512 : other;
+    }
     all ^= found.digest;
     if (!whole_system || shape.H > 150 || shape.I > 150) continue;
     set_alarms(500);
@@ -375,6 +396,9 @@ void kernels_part(bool whole_system) {
   }
   // Two roundings to bfloat16, of at most 2^-9 each, stand between operands and results.
   check(worst < 0x1p-8 && worst_avx512 < 0x1p-8, "every result is within 2^-8 of double precision");
+  check(alike, "products in int8 give the bits of the AVX-512 kernels");
+  // NF4 is multiplied as an int8 weight near to it.
+  check(worst_int8 < 0x1p-4, "products in int8 are within 2^-4 of double precision");
   if (!whole_system) return;
   check(same, "three threads under signals, and a child process, give the same bits");
   check(alarms > 100, "there were signals");

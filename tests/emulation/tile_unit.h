@@ -2,7 +2,8 @@
 //
 // Follows the Intel SDM: the configuration's rows and bytes a row are honoured, what a load or product leaves outside
 // them is zero, and TDPBF16PS takes denormals as zero, sums the even and the odd products apart by fused multiply-adds
-// and rounds to nearest. What the processor answers with a fault ends the process. Include cpu/tiles.h first.
+// and rounds to nearest; TDPBSUD adds integers modulo 2^32. What the processor answers with a fault ends the process.
+// Include cpu/tiles.h first.
 #pragma once
 
 #include <cstdio>
@@ -55,8 +56,7 @@ class Unit {
 
   void multiply_add(int c, int a, int b) {
     const int rows = rows_of(c), columns = bytes_of(c) / 4, pairs = bytes_of(a) / 4;
-    if (c == a || c == b || a == b) fault("TDPBF16PS wants three different tiles");
-    if (rows_of(a) != rows || bytes_of(b) != bytes_of(c) || rows_of(b) != pairs) fault("tiles that do not fit");
+    check_product(c, a, b);
     for (int m = 0; m < rows; ++m) {
       float even[16] = {}, odd[16] = {}, sums[16];
       for (int p = 0; p < pairs; ++p) {
@@ -76,7 +76,30 @@ class Unit {
     }
   }
 
+  // TDPBSUD: signed bytes of a, unsigned ones of b.
+  void multiply_add_codes(int c, int a, int b) {
+    const int rows = rows_of(c), columns = bytes_of(c) / 4, quads = bytes_of(a) / 4;
+    check_product(c, a, b);
+    for (int m = 0; m < rows; ++m) {
+      uint32_t sums[16];
+      std::memcpy(sums, registers_[c].bytes[m], sizeof(sums));
+      for (int q = 0; q < quads; ++q)
+        for (int n = 0; n < columns; ++n)
+          for (int i = 0; i < 4; ++i)
+            sums[n] += static_cast<uint32_t>(static_cast<int8_t>(registers_[a].bytes[m][4 * q + i]) *
+                                             int{registers_[b].bytes[q][4 * n + i]});
+      std::memset(registers_[c].bytes[m], 0, kBytesARow);
+      std::memcpy(registers_[c].bytes[m], sums, 4 * columns);
+    }
+  }
+
  private:
+  void check_product(int c, int a, int b) const {
+    if (c == a || c == b || a == b) fault("a product wants three different tiles");
+    if (rows_of(a) != rows_of(c) || bytes_of(b) != bytes_of(c) || 4 * rows_of(b) != bytes_of(a))
+      fault("tiles that do not fit");
+  }
+
   [[noreturn]] static void fault(const char* why) {
     std::fprintf(stderr, "emulated tiles: %s\n", why);
     std::abort();

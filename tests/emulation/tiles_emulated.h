@@ -27,5 +27,8 @@ void store(void* to, int64_t stride) { unit().store(R, to, stride); }
 template <int C, int A, int B>
 void multiply_add() { unit().multiply_add(C, A, B); }
 
+template <int C, int A, int B>
+void multiply_add_codes() { unit().multiply_add_codes(C, A, B); }
+
 }  // namespace tiles
 }  // namespace

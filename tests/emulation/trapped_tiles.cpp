@@ -2,7 +2,7 @@
 // handler of that signal decodes it, does its work on the unit of tile_unit.h and goes on behind it.
 //
 // Knows the encodings that the kernels use (Intel SDM, volume 2), three-byte VEX, 128 bits, W0, opcode map 0F 38:
-// LDTILECFG, TILERELEASE, TILEZERO, TILELOADD, TILESTORED, TDPBF16PS. Any other invalid opcode ends the process.
+// LDTILECFG, TILERELEASE, TILEZERO, TILELOADD, TILESTORED, TDPBF16PS, TDPBSUD. Any other invalid opcode ends the process.
 #include <signal.h>
 #include <ucontext.h>
 
@@ -74,6 +74,8 @@ int run(const ucontext_t* context, const uint8_t* code) {
   if (high_reg) return 0;
   if (opcode == 0x5c && prefix == kF3 && is_register && !high_base && third < 8)
     return unit().multiply_add(reg, rm, third), 5;
+  if (opcode == 0x5e && prefix == kF3 && is_register && !high_base && third < 8)
+    return unit().multiply_add_codes(reg, rm, third), 5;
   if (third != 0) return 0;
   if (opcode == 0x49 && prefix == kF2 && is_register && rm == 0) return unit().zero(reg), 5;
   if (opcode == 0x49 && prefix == kNone && modrm[0] == 0xc0) return unit().release(), 5;
