@@ -37,7 +37,7 @@ ADVICE = {
     "cpu": "install a C++ compiler and reinstall flex-kernels: pip install --no-build-isolation -e .",
 }
 INTERESTING_FLAGS = (
-    "avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16",
+    "avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8",
     "asimd", "bf16", "i8mm", "sve", "sve2",
 )  # fmt: skip
 

@@ -12,8 +12,9 @@ def allow_int8_products(allowed: bool) -> None:
     the backward pass) share a scale, their largest absolute value over 127; sums are exact integers within
     them and float32 beyond. An "nf4" weight is multiplied as an int8 weight near to it: a row's largest scale
     over 127 is the scale of the row, and its levels become whole numbers of that. Where the processor
-    multiplies int8 (AVX-512 with VNNI and VBMI) that is up to twice as fast as bfloat16. Elsewhere nothing
-    changes: on other processors, on AMX, on other devices, with experts that are not quantised.
+    multiplies int8 (AVX-512 with VNNI and VBMI, or AMX-INT8 for bfloat16 x; the same bits) that is up to
+    twice as fast as bfloat16. Elsewhere nothing changes: on other processors, on other devices, with experts
+    that are not quantised.
 
     Off until asked for, and a setting of the process, as ``torch.backends.cuda.matmul.allow_tf32`` is: set it
     before the forward pass and leave it until the backward pass is done.

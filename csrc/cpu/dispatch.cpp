@@ -60,7 +60,8 @@ bool tiles_granted() {
 }
 
 bool has_amx() {
-  constexpr uint32_t kAmxBF16 = 1u << 22, kAmxTile = 1u << 24, kAmxInt8 = 1u << 25, kAll = kAmxBF16 | kAmxTile | kAmxInt8;
+  constexpr uint32_t kAmxBF16 = 1u << 22, kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
+  constexpr uint32_t kAll = kAmxBF16 | kAmxTile | kAmxInt8;
   constexpr uint64_t kTileStates = uint64_t{3} << 17;
   uint32_t a, b, c, d;
   if (!has_avx512() || (saved_states() & kTileStates) != kTileStates) return false;

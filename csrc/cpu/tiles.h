@@ -2,7 +2,7 @@
 //
 // Eight tiles of 16 rows of 64 bytes: tile C [16, 16] float32 += A [16, 32] bfloat16 times B [32, 16], where row p of
 // B's tile holds rows 2p and 2p + 1 of B in pairs, column after column; or C in int32, A [16, 64] in int8 and B [64, 16]
-// in unsigned bytes, four rows of B in a row of its tile. Every kernel uses whole tiles and pads its operands, so one
+// in unsigned bytes, four of its rows in one of the tile's. Every kernel uses whole tiles and pads its operands, so one
 // configuration serves all. Registers and configuration belong to a thread.
 #pragma once
 

@@ -195,7 +195,7 @@ class Problem {
       const int64_t z_at = z.word() + 4 * at * I;
       forward[e] = {up.stored.word(), up.ld, up.scales.word(), up.scales_ld, up.kind, down.stored.word(), down.ld,
                     down.scales.word(), down.scales_ld, down.kind, I, s_.rows[e], tokens_[e]->word(),
-                    scale_[e]->word(), hidden.word() + 2 * at * room, z_at, 0, 0};
+                    scale_[e]->word(), hidden.word() + 2 * at * room, z_at, 0, 0, 0, 0, 0, 0, 0};
       if (s_.int8_products) {
         forward[e].codes = codes.word() + at * ld;
         forward[e].code_scales = code_scales.word() + 4 * at * groups;
