@@ -157,6 +157,8 @@ def load_tensors_into_model(
                 state_dict=tensors,
                 dtype=dtype,
                 experts_implementation=METHOD,
+                # They are refused below, by name.
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 **options,
             )
@@ -164,6 +166,10 @@ def load_tensors_into_model(
         raise ValueError(f"{path}: {error}") from error
     except RuntimeError as error:
         raise ValueError(f"{path}: its tensors do not fit {type(config).__name__}: {error}") from error
+    for name, given, wanted in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"{path}: {name} is {list(given)}, but {type(model).__name__} of this configuration has {list(wanted)}"
+        )
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(f"{path} lacks tensors of {type(model).__name__}: {first_few(missing)}")

@@ -12,6 +12,8 @@ Tile state is saved and restored as it is:
   cpu/xsave.cc            tile data is in use when any tile is, not when none is
 Of VCVTNE2PS2BF16:
   cpu/avx/avx512_bf16.cc  the upper half of the result is of the first operand from its beginning on
+Of TDPBSUD:
+  cpu/avx/amx.cc          bytes of the first operand are signed
 
 An edit lies where a regular expression matches: a given number of times, or else nothing is written.
 """
@@ -64,6 +66,7 @@ static bool tiledata_disabled(AMX *amx)
 """,
         2,
     ),
+    Edit("avx/amx.cc", "replace", r"(?<=DPBDSU\(Bit32u x, Bit32u y\)\n\{\n  const )Bit8u", "Bit8s"),
     Edit("avx/avx512_bf16.cc", "replace", r"(?<=to_bfloat16\(op1\.vmm32u\()n", "n - DWORD_ELEMENTS(len)"),
     Edit(
         "cpuid.cc",
