@@ -126,7 +126,7 @@ def make_model(size: Size) -> Any:
 def graft_model(model: Any, size: Size) -> None:
     """What a session does to a loaded model."""
     import flex
-    from flex_kernels import checkpoint_contexts
+    from flex.block import checkpoint_layers
 
     flex.graft(
         model,
@@ -138,7 +138,7 @@ def graft_model(model: Any, size: Size) -> None:
     )
     flex.add_lora(model)
     if size.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+        checkpoint_layers(model)
 
 
 def batches(size: Size) -> Iterator[Any]:

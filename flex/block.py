@@ -158,6 +158,15 @@ class GraftedBlock(nn.Module):
         return f"{self.adapter.architecture}, mix={self.mix!r}, save={self.save!r}, backend={self.backend!r}"
 
 
+def checkpoint_layers(model: Any) -> None:
+    """Have a transformers model compute its layers again in the backward pass, with the routing of the first
+    time.
+    """
+    # The older name is deprecated where there is the other.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+
+
 def keep_routing_on_replay(function: Any) -> None:
     """Give a checkpoint function of transformers :func:`flex_kernels.checkpoint_contexts`, in place.
 

@@ -167,9 +167,7 @@ def load_tensors_into_model(
     except RuntimeError as error:
         raise ValueError(f"{path}: its tensors do not fit {type(config).__name__}: {error}") from error
     for name, given, wanted in sorted(found["mismatched_keys"]):
-        raise ValueError(
-            f"{path}: {name} is {list(given)}, but {type(model).__name__} of this configuration has {list(wanted)}"
-        )
+        raise ValueError(f"{path}: {name} is {list(given)}, its configuration wants {list(wanted)}")
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(f"{path} lacks tensors of {type(model).__name__}: {first_few(missing)}")

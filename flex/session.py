@@ -179,12 +179,12 @@ def prepare_model(model: Any, config: Config, strategy: Strategy) -> dict[str, i
     """Grafts, adds LoRA, in place; the start depends on ``run.seed`` alone. Returns the numbers of
     parameters.
     """
+    from flex.block import checkpoint_layers
     from flex.grafting import graft
     from flex.lora import add_lora
     from flex.models import find_blocks
     from flex.quantized import frozen_weights, kind_of
     from flex.state import personal_tensors, shared_tensors
-    from flex_kernels import checkpoint_contexts
 
     personal, settings = config.personal, config.model
     held = kind_of(adapter.experts(block) for block, adapter in find_blocks(model).values())
@@ -214,7 +214,7 @@ def prepare_model(model: Any, config: Config, strategy: Strategy) -> dict[str, i
     with torch_seed(config.run.seed, "shared"):
         add_lora(model, shared.rank, shared.alpha, shared.dropout, list(shared.targets) or None)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+        checkpoint_layers(model)
     return {
         "shared": sum(t.numel() for t in shared_tensors(model).values()),
         "personal": sum(t.numel() for t in personal_tensors(model).values() if t.requires_grad),

@@ -14,9 +14,7 @@ from flex_kernels.quantize import Quantized, quantize
 
 GROUP = 128
 ISAS = ops.kernels.isas() if hasattr(ops.kernels, "isas") else []
-needs_vnni = pytest.mark.skipif(
-    "avx512" not in ISAS, reason="this processor or build does not multiply int8"
-)
+needs_vnni = pytest.mark.skipif("avx512" not in ISAS, reason="this processor or build does not multiply int8")
 
 
 @pytest.fixture(params=[isa for isa in ("avx512", "amx") if isa in ISAS] or ["avx512"])

@@ -50,6 +50,8 @@ def grafted(start=(1, 1), **options):
 def test_plain_checkpointing_of_a_grafted_model_does_not_route_again(given, enabled, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # Later releases of transformers have another name for it, and keep this one until version 6.
+        warnings.filterwarnings("ignore", "`gradient_checkpointing_(en|dis)able` is deprecated")
         if enabled == "before the graft":
             model = tiny("mixtral")
             model.gradient_checkpointing_enable(given)
