@@ -80,6 +80,7 @@ def load(
     check_kind("experts", experts)
     check_kind("shared_experts", shared_experts)
     path = os.fspath(path)
+    check_folder(path)
     config = AutoConfig.from_pretrained(path, revision=revision)
     check_kinds(path, config, experts, shared_experts)
     stored, stored_shared = stored_kinds(config)
@@ -105,6 +106,12 @@ def load(
     with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
     return model
+
+
+def check_folder(path: str) -> None:
+    """Raise FileNotFoundError for a path that is no folder and cannot be a Hugging Face id either."""
+    if (path.startswith(("/", ".", "~")) or path.count("/") > 1) and not os.path.isdir(path):
+        raise FileNotFoundError(f"{path}: there is no such folder (and a Hugging Face id is NAMESPACE/NAME)")
 
 
 def check_kinds(path: str, config: PreTrainedConfig, experts: Kind | None, shared: Kind | None) -> None:

@@ -146,7 +146,7 @@ def load_model(config: Config) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     from flex.attention import PACKED
-    from flex.loading import load
+    from flex.loading import check_folder, load
     from flex_kernels import allow_int8_products
 
     place = usable_device(config)
@@ -159,6 +159,7 @@ def load_model(config: Config) -> tuple[Any, Any]:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
+        check_folder(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         kinds: dict[str, Any] = {
             "experts": config.model.experts or None,

@@ -274,6 +274,12 @@ def test_a_tensor_of_another_shape_is_named(name, tmp_path):
         flex.load(tmp_path, "int8")
 
 
+@pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "~/model", "one/two/three"])
+def test_a_folder_that_is_not_there_is_said_to_be_missing(path):
+    with pytest.raises(FileNotFoundError, match=f"{path}: there is no such folder"):
+        flex.load(path, "nf4")
+
+
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
     saved(tmp_path, layout=FUSED)
     name = "model.layers.1.mlp.experts.gate_up_proj"

@@ -368,7 +368,7 @@ def test_rows_may_be_as_long_as_the_models_positions_also_when_these_are_stretch
 
 
 def test_a_model_that_is_not_there_is_named(tiny, tmp_path):
-    with pytest.raises(ConfigError, match=r"model\.path='.*nowhere' cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"model\.path='.*nowhere' cannot be loaded: .* no such folder"):
         run(tiny_config(tmp_path / "nowhere", tiny[1], tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"model\.device='cuda:99' cannot be used here"):
         run(tiny_config(*tiny, tmp_path / "run", model={"device": "cuda:99"}))
