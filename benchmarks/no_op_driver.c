@@ -31,6 +31,9 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) { *value = 227 *
 int cuFuncGetAttribute(int* value, int attribute, void* function) { *value = 1024; return 0; }
 int cuPointerGetAttribute(uint64_t* value, int attribute, uint64_t pointer) { *value = pointer; return 0; }
 int cuCtxGetCurrent(void** context) { *context = names; return 0; }
+int cuCtxGetDevice(int* device) { *device = 0; return 0; }
+int cuModuleUnload(void* module) { return 0; }
+int cuStreamIsCapturing(void* stream, int* status) { *status = 0; return 0; }
 int cuDeviceGet(int* device, int ordinal) { *device = 0; return 0; }
 int cuDriverGetVersion(int* version) { *version = 13020; return 0; }
 int cuGetErrorString(int error, const char** text) { *text = "an error of the driver that does nothing"; return 0; }

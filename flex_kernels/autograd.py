@@ -11,7 +11,8 @@ An optional tensor that a backend does not produce is returned with zero element
 
 The ops are defined with ``torch.library``'s parts and not with ``custom_op``, and eager calls record their
 gradients with an ``autograd.Function`` around them: on the host, what ``register_autograd`` puts around an op
-costs several times that. Tracers still see an op with a registered gradient.
+costs several times that. Tracers still see an op with a registered gradient, and ``torch.func`` a Function of
+the form it wants.
 """
 
 from __future__ import annotations
@@ -71,9 +72,25 @@ def differentiable(
         def backward(ctx: Any, *grads: Any) -> tuple:
             return vjp(backward_only, ctx, *grads)
 
-    def call(*inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
             return op(*inputs)
+
+        setup_context = staticmethod(setup)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Any) -> tuple:
+            return vjp(backward_op, ctx, *grads)
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*inputs)
+        if torch._C._are_functorch_transforms_active():
+            return Transformed.apply(*inputs)
         return Recorded.apply(*inputs) if torch.is_grad_enabled() else forward_only(*inputs)
 
     return call

@@ -41,7 +41,7 @@ SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
 # Shared memory of a multiprocessor; each resident program takes 1 KiB of it for the system.
 SHARED_TOTAL = {80: 164 * 1024, 90: 228 * 1024}
 # Names of launch options; every other keyword is an argument of the kernel.
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 PTX_PATTERNS = {
     "wgmma": r"wgmma\.mma_async",
     "register_wgmma": r"wgmma\.mma_async[^;]*\},\s*\{",

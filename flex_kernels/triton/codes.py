@@ -24,6 +24,7 @@ from torch import Tensor
 
 from flex_kernels.quantize import GROUP_COLUMNS, NF4_LEVELS, Quantized
 from flex_kernels.triton.common import load_tile
+from flex_kernels.triton.direct import FUSED
 from flex_kernels.triton.groups import Groups
 from flex_kernels.triton.tiles import Plan, Tile, capability_of, ceil_div, pinned_plan
 
@@ -203,6 +204,7 @@ def decode(w: Quantized, out_ERC: Tensor) -> None:
         BR=rows,
         BC=columns,
         num_warps=4,
+        **FUSED,
     )
 
 

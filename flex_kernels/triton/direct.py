@@ -18,13 +18,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # The launcher's arguments are no public interface of Triton: these are the versions whose source was read.
 # Any other launches by kernel[grid](...).
-KNOWN_LAUNCHER = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
+KNOWN_LAUNCHER = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"], ["3", "8"], ["3", "9"])
 OPTIONS = ("num_warps", "num_stages")
+# A product and the sum after it may be rounded once, as kernels count on for speed: Triton's own default is to
+# change in 3.10.
+FUSED = {"enable_fp_fusion": True}
 
 
 class Form(NamedTuple):
-    """A compiled kernel: its launcher, what that wants of it, and a place for each compile-time argument."""
+    """A compiled kernel, which unloads when it goes; its launcher, what that wants of it, and a place for each
+    compile-time argument."""
 
+    kernel: Any
     run: Any
     function: int
     metadata: tuple
@@ -57,7 +62,7 @@ def launch(
         constants: the compile-time arguments, and Triton's launch options.
     """
     if not KNOWN_LAUNCHER or not isinstance(kernel, JITFunction):
-        kernel[grid](*tensors, *sizes, *numbers, **constants)
+        kernel[grid](*tensors, *sizes, *numbers, **constants, **FUSED)
         return
     arguments: list[Any] = []
     types: list[Any] = []
@@ -79,11 +84,11 @@ def launch(
     # A size beyond int32 is an argument of another type, which the key does not hold.
     wide = bool(sizes) and max(sizes) >= 2**31
     if form is None or wide or observed():
-        compiled = kernel[grid](*tensors, *sizes, *numbers, **constants)
+        compiled = kernel[grid](*tensors, *sizes, *numbers, **constants, **FUSED)
         # None where launches are only recorded (codegen.py).
         if compiled is not None and not wide:
             places = (None,) * sum(name not in OPTIONS for name in constants)
-            FORMS[key] = Form(compiled.run, compiled.function, compiled.packed_metadata, places)
+            FORMS[key] = Form(compiled, compiled.run, compiled.function, compiled.packed_metadata, places)
         return
     stream = driver.active.get_current_stream(device.index)
     form.run(

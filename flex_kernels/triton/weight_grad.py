@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flex_kernels.triton.common import load_tile
+from flex_kernels.triton.direct import FUSED
 from flex_kernels.triton.groups import Groups
 from flex_kernels.triton.tiles import ceil_div
 
@@ -100,5 +101,6 @@ def weight_grad(p: Tensor, gather_p: bool, q: Tensor, gather_q: bool, groups: Gr
         BR=rows,
         num_warps=4,
         num_stages=3,
+        **FUSED,
     )
     return dw_EPQ

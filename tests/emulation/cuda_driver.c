@@ -40,6 +40,11 @@ CUresult cuCtxSetCurrent(CUcontext context) { return (void)context, CUDA_SUCCESS
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   return (void)device, *context = (CUcontext)1, CUDA_SUCCESS;
 }
+CUresult cuCtxGetDevice(CUdevice* device) { return *device = 0, CUDA_SUCCESS; }
+CUresult cuModuleUnload(CUmodule module) { return (void)module, CUDA_SUCCESS; }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  return (void)stream, *status = CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS;
+}
 CUresult cuModuleLoadData(CUmodule* module, const void* image) { return *module = (CUmodule)image, CUDA_SUCCESS; }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
   (void)module;
