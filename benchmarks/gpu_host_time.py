@@ -40,10 +40,9 @@ from benchmarks.gpu_layers import Problem, make_problem, ours, transformers_expe
 from benchmarks.pretend_gpu import pretend_gpu
 from benchmarks.roofline import Layer
 from benchmarks.timing import cpu_info, interleaved, median
-from flex_kernels import Experts, FlexMoE, Router, Shared, autograd
+from flex_kernels import Experts, FlexMoE, Router, Shared
 from flex_kernels.check import check_arguments
 from flex_kernels.dispatch import backend_module
-from flex_kernels.layer import stack_gates
 
 # Experts and choices as in Qwen1.5-MoE, so that tiles are chosen as there; widths so small that arithmetic on
 # the CPU hardly counts.
@@ -101,15 +100,14 @@ def passes(forward: Callable[[Tensor], Tensor], x_TH: Tensor, parameters: list[T
 
 
 def parts(built: FlexMoE, x_TH: Tensor) -> dict[str, Run]:
-    """The pieces of one forward pass, each alone: in the backend, and as the op that autograd sees."""
+    """The pieces of one forward pass, each alone, without what autograd adds."""
     assert built.personal is not None
-    x_TH = x_TH.detach().requires_grad_()
     personal, experts = built.personal.record(), built.experts()
     router = Router(built.router_weight, built.top_k)
     backend = backend_module(built.backend)
-    gates = stack_gates(x_TH, personal, None)
+    gates = personal.gate_weight[None], personal.gate_bias[None]
     route = (x_TH, router.weight, None, *gates, router.top_k, False, "softmax", 1.0, False)
-    ids_TK, weights_TK, gates_GT, _ = autograd.apply_route(*route, built.backend)
+    ids_TK, weights_TK, gates_GT, _ = backend.route(*route)
     tensors = (x_TH, ids_TK, weights_TK, experts.gate_up, experts.down, None, None, personal.gate_up)
     mix = (*tensors, personal.down, gates_GT.view(-1), *(None,) * 5, "add", False)
 
@@ -120,9 +118,7 @@ def parts(built: FlexMoE, x_TH: Tensor) -> dict[str, Run]:
     return {
         "argument checks": lambda: check_arguments(x_TH, router, experts, personal, None, "add", "recompute"),
         "route in the backend": partial(unrecorded, backend.route, *route),
-        "route as an op with a gradient": lambda: autograd.apply_route(*route, built.backend),
         "experts in the backend": partial(unrecorded, backend.experts_forward, *mix),
-        "experts as an op with a gradient": lambda: autograd.apply_experts(*mix, built.backend),
     }
 
 

@@ -1,4 +1,4 @@
-"""The layer's two custom ops, their shapes for tracing, and their gradients.
+"""The layer's two custom ops, their shapes for tracing, and their gradients there.
 
 Letters: T tokens, H hidden, E routed experts, K chosen, I expert width, N = T*K rows, G sigmoid gates.
 
@@ -9,21 +9,19 @@ Each op dispatches to the backend named by its last argument. A backend is a mod
 ``route_backward``, ``experts_forward`` and ``experts_backward``; see :mod:`flex_kernels.dispatch`.
 An optional tensor that a backend does not produce is returned with zero elements, never None.
 
-The ops are defined with ``torch.library``'s parts and not with ``custom_op``, and eager calls record their
-gradients with an ``autograd.Function`` around them: on the host, what ``register_autograd`` puts around an op
-costs several times that. Tracers still see an op with a registered gradient, and ``torch.func`` a Function of
-the form it wants.
+The ops are defined with ``torch.library``'s parts and not with ``custom_op``, whose wrapper costs the host
+more than the call. Here are their gradients for those who look into a call: tracers see an op with a
+registered gradient, ``torch.func`` a Function of the form it wants. Other calls record the whole layer as one
+node: :mod:`flex_kernels.node`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flex_kernels.dispatch import backend_module
 
@@ -38,41 +36,18 @@ def define(implementation: Callable[..., Any]) -> Any:
     return getattr(torch.ops.flex_kernels, name).default
 
 
-def unrecorded(op: Any) -> Callable[..., Any]:
-    """``op`` where nothing is to be recorded: every call of torch within, its own included, skips looking."""
-
-    def call(*inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
-
-    return call
-
-
-def differentiable(
-    op: Any, backward_op: Any, setup: Callable[..., None], vjp: Callable[..., tuple]
-) -> Callable[..., Any]:
-    """``op`` with a gradient: registered for tracers, and as a Function for eager calls.
+def differentiable(op: Any, setup: Callable[..., None], vjp: Callable[..., tuple]) -> Callable[..., Any]:
+    """``op`` with a gradient where its calls are looked into: by a tracer, or by ``torch.func``.
 
     Args:
         setup: (ctx, inputs, output) -> None, as ``register_autograd`` wants it.
-        vjp: (``backward_op``, ctx, *gradients of the outputs) -> gradients of the inputs.
+        vjp: (ctx, *gradients of the outputs) -> gradients of the inputs.
     """
-    torch.library.register_autograd(op, partial(vjp, backward_op), setup_context=setup, lib=LIBRARY)
-    forward_only, backward_only = unrecorded(op), unrecorded(backward_op)
-
-    class Recorded(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = forward_only(*inputs)
-            setup(ctx, inputs, output)
-            return output
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx: Any, *grads: Any) -> tuple:
-            return vjp(backward_only, ctx, *grads)
+    torch.library.register_autograd(op, vjp, setup_context=setup, lib=LIBRARY)
 
     class Transformed(torch.autograd.Function):
+        """``torch.func`` takes no gradient that ``register_autograd`` made."""
+
         generate_vmap_rule = True
 
         @staticmethod
@@ -82,18 +57,42 @@ def differentiable(
         setup_context = staticmethod(setup)
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *grads: Any) -> tuple:
-            return vjp(backward_op, ctx, *grads)
+            return first_order(vjp, ctx, *grads)
 
-    def call(*inputs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return op(*inputs)
-        if torch._C._are_functorch_transforms_active():
-            return Transformed.apply(*inputs)
-        return Recorded.apply(*inputs) if torch.is_grad_enabled() else forward_only(*inputs)
+    return lambda *inputs: op(*inputs) if torch.compiler.is_compiling() else Transformed.apply(*inputs)
 
-    return call
+
+class SecondDerivative(torch.autograd.Function):
+    """The first ``count`` of the tensors as they are; a derivative that goes through them is an error."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        raise RuntimeError("flex_moe has second derivatives on backend='reference' alone")
+
+
+def first_order(vjp: Callable[..., tuple], ctx: Any, *grads: Any) -> tuple:
+    """``vjp``, whose gradients refuse to be differentiated again instead of passing for constants.
+
+    Autograd leaves gradients enabled here only where a second derivative may follow (``create_graph``).
+    """
+    with torch.no_grad():
+        found = vjp(ctx, *grads)
+    if not torch.is_grad_enabled():
+        return found
+    given = [t for t in found if t is not None]
+    causes = [t for t in (*grads, *ctx.saved_tensors) if t is not None]
+    refusing = iter(SecondDerivative.apply(len(given), *given, *causes))
+    return tuple(None if t is None else next(refusing) for t in found)
 
 
 @define
@@ -145,9 +144,13 @@ def route_backward(
     score: str,
     scale: float,
     needs: Sequence[bool],
+    other_grad_x_TH: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, router weight, gate weights, gate biases); zero elements where ``needs`` is false."""
+    """Gradients of (x, router weight, gate weights, gate biases); zero elements where ``needs`` is false.
+
+    What else the gradient of x is made of, ``other_grad_x_TH``, is added to it in the same pass.
+    """
     return backend_module(backend).route_backward(
         grad_weights_TK,
         grad_gates_GT,
@@ -162,6 +165,7 @@ def route_backward(
         score,
         scale,
         list(needs),
+        other_grad_x_TH,
     )
 
 
@@ -184,6 +188,7 @@ def _(
     score,
     scale,
     needs,
+    other,
     backend,
 ):
     bias_like = gate_weight_GH.new_empty(gate_weight_GH.shape[0])
@@ -205,7 +210,6 @@ def dense(grad: Tensor | None, like: Tensor) -> Tensor:
 
 
 def route_vjp(
-    backward: Any,
     ctx: Any,
     grad_ids: None,
     grad_weights: Tensor | None,
@@ -215,7 +219,7 @@ def route_vjp(
     need, saved = ctx.needs_input_grad, ctx.saved_tensors
     needs = [need[0], need[1], need[3], need[4]]
     weight_EH, weights_TK, gates_GT = saved[1], saved[4], saved[5]
-    grads = backward(
+    grads = route_backward(
         dense(grad_weights, weights_TK),
         dense(grad_gates, gates_GT),
         gates_GT.new_empty(0, weight_EH.shape[0]) if grad_logits is None else grad_logits.contiguous(),
@@ -224,13 +228,14 @@ def route_vjp(
         ctx.score,
         ctx.scale,
         needs,
+        None,
         ctx.backend,
     )
     dx, dw, dgw, dgb = (g if n else None for n, g in zip(needs, grads))
     return dx, dw, None, dgw, dgb, None, None, None, None, None, None
 
 
-apply_route = differentiable(route, route_backward, route_setup, route_vjp)
+apply_route = differentiable(route, route_setup, route_vjp)
 
 
 @define
@@ -408,13 +413,13 @@ def experts_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def experts_vjp(backward: Any, ctx: Any, grad_y: Tensor, *grad_preacts: Any) -> tuple:
+def experts_vjp(ctx: Any, grad_y: Tensor, *grad_preacts: Any) -> tuple:
     needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
-    grads = backward(grad_y.contiguous(), *ctx.saved_tensors, ctx.mix, needs, ctx.backend)
+    grads = experts_backward(grad_y.contiguous(), *ctx.saved_tensors, ctx.mix, needs, ctx.backend)
     out: list[Tensor | None] = [None] * 18
     for position, needed, grad in zip(DIFFERENTIABLE, needs, grads):
         out[position] = grad if needed else None
     return tuple(out)
 
 
-apply_experts = differentiable(experts, experts_backward, experts_setup, experts_vjp)
+apply_experts = differentiable(experts, experts_setup, experts_vjp)

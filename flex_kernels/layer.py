@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flex_kernels import autograd, reference
+from flex_kernels import reference
 from flex_kernels.check import check_arguments
 from flex_kernels.dispatch import resolve_backend
+from flex_kernels.node import Call, run
 from flex_kernels.quantize import Quantized
 from flex_kernels.types import Experts, Mix, Personal, Routed, Router, Save, Shared
 
@@ -92,72 +93,26 @@ def fused_moe(
     backend: str,
     want_logits: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same equations as two custom ops: the thin products of x, then the feed-forward blocks."""
-    gate_weight_GH, gate_bias_G = stack_gates(x_TH, personal, shared)
-    logits_TE = None
-    if isinstance(router, Router):
-        ids_TK, weights_TK, gates_GT, logits_TE = autograd.apply_route(
-            x_TH,
-            router.weight,
-            router.bias,
-            gate_weight_GH,
-            gate_bias_G,
-            router.top_k,
-            router.normalize,
-            router.score,
-            router.scale,
-            want_logits,
-            backend,
-        )
+    """(y_TH, logits_TE float32 if wanted): the same equations on custom ops."""
+    decision: tuple[Any, ...]
+    settings: tuple[Any, ...]
+    if isinstance(router, Routed):
+        top_k = router.ids.shape[1]
+        decision = None, None, skip_unknown(router.ids, experts.count, backend).int(), router.weights.float()
+        settings = 0, False, "softmax", 1.0
     else:
-        ids_TK, weights_TK = skip_unknown(router.ids, experts.count, backend).int(), router.weights.float()
-        gates_GT = gate_weight_GH
-        if gate_weight_GH.shape[0]:
-            nothing_EH = x_TH.new_empty(0, x_TH.shape[1])
-            gates_GT = autograd.apply_route(
-                *(
-                    x_TH,
-                    nothing_EH,
-                    None,
-                    gate_weight_GH,
-                    gate_bias_G,
-                    0,
-                    False,
-                    "softmax",
-                    1.0,
-                    False,
-                    backend,
-                )
-            )[2]
-    gate_up, gate_up_scales = stored(experts.gate_up)
-    down, down_scales = stored(experts.down)
-    shared_gate_up, shared_gate_up_scales = (None, None) if shared is None else stored(shared.gate_up)
-    shared_down, shared_down_scales = (None, None) if shared is None else stored(shared.down)
-    # Not by index, whose backward fills and copies once a gate.
-    gates = gates_GT.unbind(0) if gates_GT.shape[0] > 1 else (gates_GT.view(-1),)
-    gate_T = None if personal is None else gates[0]
-    shared_gate_T = None if shared is None or shared.gate_weight is None else gates[-1]
-    y_TH = autograd.apply_experts(
-        x_TH,
-        ids_TK,
-        weights_TK,
-        gate_up,
-        down,
-        gate_up_scales,
-        down_scales,
-        None if personal is None else personal.gate_up,
-        None if personal is None else personal.down,
-        gate_T,
-        shared_gate_up,
-        shared_down,
-        shared_gate_up_scales,
-        shared_down_scales,
-        shared_gate_T,
-        mix,
-        keeps_preact(save, x_TH, ids_TK.shape[1], experts, personal, shared),
-        backend,
-    )[0]
-    return y_TH, logits_TE if want_logits else None
+        top_k = router.top_k
+        decision = router.weight, router.bias, None, None
+        settings = top_k, router.normalize, router.score, router.scale
+    own: tuple[Any, ...] = (None,) * 4
+    common: tuple[Any, ...] = (None,) * 5
+    if personal is not None:
+        own = personal.gate_weight, personal.gate_bias, personal.gate_up, personal.down
+    if shared is not None:
+        common = shared.gate_weight, *stored(shared)
+    tensors = x_TH, *decision, *own[:2], common[0], *stored(experts), *own[2:], *common[1:]
+    keep = keeps_preact(save, x_TH, top_k, experts, personal, shared)
+    return run(Call._make((*tensors, *settings, want_logits, mix, keep, backend)))
 
 
 def keeps_preact(
@@ -174,9 +129,8 @@ def keeps_preact(
         return True
     columns = top_k * experts.gate_up.shape[1]
     columns += sum(ffn.gate_up.shape[0] for ffn in (personal, shared) if ffn is not None)
-    parts = (*stored(experts.gate_up), *stored(experts.down))
     # Not nbytes, which a tracer with symbolic sizes does not know.
-    held = sum(t.numel() * t.element_size() for t in parts if t is not None)
+    held = sum(t.numel() * t.element_size() for t in stored(experts) if t is not None)
     return x_TH.shape[0] * columns * x_TH.element_size() <= LITTLE * held
 
 
@@ -198,25 +152,9 @@ def cast(weights: Tensor | Quantized, dtype: torch.dtype) -> Tensor | Quantized:
     return weights if isinstance(weights, Quantized) else weights.to(dtype)
 
 
-def stored(weights: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
-    """What the custom ops take: (weights, None), or (codes, scales)."""
-    return (weights.codes, weights.scales) if isinstance(weights, Quantized) else (weights, None)
-
-
-def stack_gates(x_TH: Tensor, personal: Personal | None, shared: Shared | None) -> tuple[Tensor, Tensor]:
-    """The sigmoid gates as rows of one small matrix, float32: (weight_GH, bias_G), G = 0, 1 or 2."""
-    gates = [] if personal is None else [(personal.gate_weight, personal.gate_bias)]
-    if shared is not None and shared.gate_weight is not None:
-        gates.append((shared.gate_weight, None))
-    if not gates:
-        empty = torch.empty(0, x_TH.shape[1], dtype=torch.float32, device=x_TH.device)
-        return empty, empty[:, 0]
-    # One gate is a view: at few tokens, each of these small copies takes as long as a kernel.
-    weights = [weight.float()[None] for weight, _ in gates]
-    biases = [
-        weight.new_zeros(1) if bias is None else bias.float()[None]
-        for weight, (_, bias) in zip(weights, gates)
-    ]
-    if len(gates) == 1:
-        return weights[0], biases[0]
-    return torch.cat(weights), torch.cat(biases)
+def stored(ffn: Experts | Shared) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What the custom ops take: gate_up and down, or their codes; then the scales of codes, or None."""
+    weights = (ffn.gate_up, ffn.down)
+    held = [w.codes if isinstance(w, Quantized) else w for w in weights]
+    scales = [w.scales if isinstance(w, Quantized) else None for w in weights]
+    return held[0], held[1], scales[0], scales[1]

@@ -72,12 +72,13 @@ def route_backward(
     score: str,
     scale: float,
     needs: list[bool],
+    other_grad_x_TH: Tensor | None = None,
     empty_like: Callable[[Tensor], Tensor] = torch.empty_like,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, router weight, gate weights, gate biases); zero elements where ``needs`` is false.
 
-    The logits are computed again from x: keeping them would cost 4 E bytes a token. ``empty_like`` makes the
-    gradient of x.
+    The logits are computed again from x: keeping them would cost 4 E bytes a token. ``other_grad_x_TH`` is
+    added to the gradient of x, in float32. ``empty_like`` makes that gradient.
     """
     need_x, need_weight, need_gate_weight, need_gate_bias = needs
     dgates_TG = (grad_gates_GT * gates_GT * (1 - gates_GT)).t()
@@ -93,7 +94,10 @@ def route_backward(
         drows_TR = torch.cat([dlogits_TE, dgates_TG], dim=1)
         rows_RH = torch.cat([weight_EH.float(), gate_weight_GH.float()])
         for rows in chunks(x_TH):
-            dx_TH[rows] = drows_TR[rows] @ rows_RH
+            if other_grad_x_TH is None:
+                dx_TH[rows] = drows_TR[rows] @ rows_RH
+            else:
+                dx_TH[rows] = torch.addmm(other_grad_x_TH[rows].float(), drows_TR[rows], rows_RH)
     dweight_EH = weight_gradient(dlogits_TE, x_TH).to(weight_EH.dtype) if need_weight else x_TH.new_empty(0)
     dgate_weight_GH = weight_gradient(dgates_TG, x_TH) if need_gate_weight else x_TH.new_empty(0)
     dgate_bias_G = dgates_TG.sum(0) if need_gate_bias else x_TH.new_empty(0)

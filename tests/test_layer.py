@@ -11,7 +11,7 @@ import torch
 from cases import Case, assert_close, make_case, relative_error, with_fixed_routing
 from torch.utils.checkpoint import checkpoint
 
-from flex_kernels import Experts, Routed, Router, autograd, checkpoint_contexts, flex_moe
+from flex_kernels import Experts, Routed, Router, checkpoint_contexts, flex_moe
 from flex_kernels.dispatch import backend_module, resolve_backend
 
 
@@ -214,7 +214,9 @@ def test_compile_fullgraph_gives_the_eager_values_and_gradients(save, dynamic):
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(y.dtype)
     named = compiled.tensors()
     for name, grad in zip(named, torch.autograd.grad(y, list(named.values()), dy)):
-        assert torch.equal(grad, want[f"d {name}"]), name
+        # Of x, eager calls round the sum of two gradients once; a graph adds what the ops return.
+        error = relative_error(grad, want[f"d {name}"])
+        assert error <= (1e-7 if name == "x" else 0), f"{name}: {error}"
     assert torch.equal(y, want["y"])
 
 
@@ -260,17 +262,17 @@ def test_torch_finds_nothing_wrong_with_the_ops():
 def test_calls_with_and_without_a_graph_agree_with_the_op_itself():
     """Eager calls record their gradient around the op, tracers find one registered on it: the same one."""
     case = make_case(personal=False, shared="none").requiring()
-    op, eager = torch.ops.flex_kernels.experts.default, autograd.apply_experts
     ids = torch.tensor([[0, 1]] * case.x_TH.shape[0], dtype=torch.int32)
     weights = torch.rand(ids.shape, requires_grad=True)
     tensors = (case.x_TH, ids, weights, case.experts.gate_up, case.experts.down)
     leaves = [case.x_TH, weights, case.experts.gate_up, case.experts.down]
+    routed = replace(case, router=Routed(ids, weights))
+    op = torch.ops.flex_kernels.experts.default
     found = []
-    for call in (op, eager):
-        y = call(*tensors, *(None,) * 10, "add", False, "cpu")[0]
+    for y in (op(*tensors, *(None,) * 10, "add", False, "cpu")[0], layer(routed, save="recompute")):
         found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     with torch.no_grad():
-        found.append([eager(*tensors, *(None,) * 10, "add", False, "cpu")[0]])
+        found.append([layer(routed)])
     for got, want in (*zip(found[1], found[0]), (found[2][0], found[0][0])):
         assert torch.equal(got, want)
 

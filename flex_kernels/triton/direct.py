@@ -20,14 +20,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # Any other launches by kernel[grid](...).
 KNOWN_LAUNCHER = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"], ["3", "8"], ["3", "9"])
 OPTIONS = ("num_warps", "num_stages")
-# A product and the sum after it may be rounded once, as kernels count on for speed: Triton's own default is to
-# change in 3.10.
+# A product and the sum after it may be rounded once, which is faster; Triton 3.10 is to change its default.
 FUSED = {"enable_fp_fusion": True}
 
 
 class Form(NamedTuple):
-    """A compiled kernel, which unloads when it goes; its launcher, what that wants of it, and a place for each
-    compile-time argument."""
+    """A compiled kernel (which unloads when it goes), its launcher, what that wants of it, and a place for
+    each compile-time argument."""
 
     kernel: Any
     run: Any

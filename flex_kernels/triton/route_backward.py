@@ -9,7 +9,7 @@ The logits are computed again from x, since keeping them would cost 4 E bytes a 
                  (scale dw_k - sum_j scale dw_j s_j / S) / S,  S = sum_j s_j + 1e-20       normalised
     dlogit_e   = sum_k [e = id_k] ds_k s_k - p_e sum_k ds_k s_k                 softmax
     dlogit_e   = sum_k [e = id_k] ds_k s_k (1 - s_k)                            sigmoid
-    dx         = dlogits Wr + dz w_g,  dz = dg g (1 - g)
+    dx         = dlogits Wr + dz w_g (+ the rest of dx),  dz = dg g (1 - g)
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def route_backward_kernel(
     grad_gates_ptr,  # (G, T) float32
     grad_logits_ptr,  # (T, E) float32, or unused
     gates_ptr,  # (G, T) float32
+    other_dx_ptr,  # (T, H) to be added to dx, or unused
     dx_ptr,  # (T, H), or unused
     dlogits_ptr,  # (T, E) float32, or unused
     dz_ptr,  # (G, T) float32, or unused
@@ -56,6 +57,7 @@ def route_backward_kernel(
     NORMALIZE: tl.constexpr,
     SOFTMAX: tl.constexpr,
     HAS_GRAD_LOGITS: tl.constexpr,
+    HAS_OTHER_DX: tl.constexpr,
     WRITE_DX: tl.constexpr,
     WRITE_DLOGITS: tl.constexpr,
     WRITE_DZ: tl.constexpr,
@@ -66,8 +68,9 @@ def route_backward_kernel(
 ):
     """Grid: P = ceil(T / BT); a program owns BT tokens and all experts.
 
-    Reads 2 H bytes a token of 16-bit x and the router's rows from L2, writes as much for dx. In 16 bits,
-    dlogits enter dx as a sum of two 16-bit parts, the second what the first rounded away.
+    Reads 2 H bytes a token of 16-bit x and the router's rows from L2, writes as much for dx; where another
+    part of dx comes from elsewhere, that is read and added before the one rounding. In 16 bits, dlogits enter
+    dx as a sum of two 16-bit parts, the second what the first rounded away.
     """
     program = tl.program_id(0)
     t_t = program * BT + tl.arange(0, BT)
@@ -178,11 +181,11 @@ def route_backward_kernel(
             if G > 1:
                 g_h = tl.load(gate_weight_ptr + H + h + h_h, mask=inside_h, other=0.0)
                 dx_th += dz1_t[:, None] * g_h[None, :]
-            tl.store(
-                dx_ptr + t_t[:, None] * H + h + h_h[None, :],
-                dx_th.to(dx_ptr.dtype.element_ty),
-                mask=inside_t[:, None] & inside_h[None, :],
-            )
+            inside_th = inside_t[:, None] & inside_h[None, :]
+            th = t_t[:, None] * H + h + h_h[None, :]
+            if HAS_OTHER_DX:
+                dx_th += tl.load(other_dx_ptr + th, mask=inside_th, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + th, dx_th.to(dx_ptr.dtype.element_ty), mask=inside_th)
 
 
 def route_backward(
@@ -199,6 +202,7 @@ def route_backward(
     score: str,
     scale: float,
     needs: list[bool],
+    other_grad_x_TH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`flex_kernels.routing.route_backward`, in one launch where only x and the gates train."""
     (T, H), E, G = x_TH.shape, weight_EH.shape[0], gate_weight_GH.shape[0]
@@ -206,7 +210,7 @@ def route_backward(
     if not T or not (E or G):
         return routing.route_backward(
             *(grad_weights_TK, grad_gates_GT, grad_logits_TE, x_TH, weight_EH, gate_weight_GH, ids_TK),
-            *(weights_TK, gates_GT, normalize, score, scale, needs),
+            *(weights_TK, gates_GT, normalize, score, scale, needs, other_grad_x_TH),
         )
     f32, device = torch.float32, x_TH.device
     block_e = max(16, next_power_of_2(max(E, 1)))
@@ -230,7 +234,7 @@ def route_backward(
             (
                 *(x_TH, weight_EH, gate_weight_GH.contiguous(), ids_TK),
                 *(grad_weights_TK, grad_gates_GT, grad_logits_TE, gates_GT),
-                *(dx_TH, dlogits_TE, dz_GT, parts_PGH),
+                *(other_grad_x_TH, dx_TH, dlogits_TE, dz_GT, parts_PGH),
             ),
             (T,),
             (*weight_EH.stride(), float(scale)),
@@ -241,6 +245,7 @@ def route_backward(
             NORMALIZE=normalize,
             SOFTMAX=score == "softmax",
             HAS_GRAD_LOGITS=grad_logits_TE.numel() > 0,
+            HAS_OTHER_DX=need_x and other_grad_x_TH is not None,
             WRITE_DX=need_x,
             WRITE_DLOGITS=need_weight,
             WRITE_DZ=want_dz,

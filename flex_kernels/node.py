@@ -1,0 +1,239 @@
+"""The whole layer as one node of autograd's graph: what calls outside of tracers record.
+
+Letters: T tokens, H hidden, E routed experts, K chosen, G sigmoid gates (personal first, then shared).
+
+Between the ops ``route`` and ``experts`` autograd would put an edge for the weights and one for each gate,
+and behind them a sum of two gradients of x. As one node, the router's backward pass adds what the experts'
+gave, which is one kernel and one pass over [T, H] less, and the host has one node to make and to visit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flex_kernels import autograd
+
+
+class Call(NamedTuple):
+    """The arguments of one call as autograd takes them, one by one.
+
+    Attributes:
+        router_weight_EH, router_bias_E: of a router; or, of a decision made elsewhere, ids_TK int32 and
+            weights_TK float32.
+        personal_gate_weight_H, personal_gate_bias, shared_gate_weight_H: of the sigmoid gates, in any float
+            dtype.
+        gate_up_E2IH and what follows it: as :func:`flex_kernels.autograd.experts` takes them.
+        top_k and what follows it: as :func:`flex_kernels.autograd.route` takes them.
+    """
+
+    x_TH: Tensor
+    router_weight_EH: Tensor | None
+    router_bias_E: Tensor | None
+    ids_TK: Tensor | None
+    weights_TK: Tensor | None
+    personal_gate_weight_H: Tensor | None
+    personal_gate_bias: Tensor | None
+    shared_gate_weight_H: Tensor | None
+    gate_up_E2IH: Tensor
+    down_EHI: Tensor
+    gate_up_scales: Tensor | None
+    down_scales: Tensor | None
+    personal_gate_up_2IH: Tensor | None
+    personal_down_HI: Tensor | None
+    shared_gate_up_2IH: Tensor | None
+    shared_down_HI: Tensor | None
+    shared_gate_up_scales: Tensor | None
+    shared_down_scales: Tensor | None
+    top_k: int
+    normalize: bool
+    score: str
+    scale: float
+    want_logits: bool
+    mix: str
+    save_preact: bool
+    backend: str
+
+    def gate_rows(self) -> Tensor:
+        """The sigmoid gates as rows of one small matrix [G, H] float32, G = 0, 1 or 2."""
+        gates = (self.personal_gate_weight_H, self.shared_gate_weight_H)
+        rows = [weight.float()[None] for weight in gates if weight is not None]
+        if not rows:
+            return self.x_TH.new_empty(0, self.x_TH.shape[1], dtype=torch.float32)
+        # One gate is a view: at few tokens, each of these small copies takes as long as a kernel.
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def gate_biases(self) -> Tensor:
+        """Theirs [G], zero where a gate has none."""
+        own, common = self.personal_gate_weight_H, self.shared_gate_weight_H
+        rows = []
+        if own is not None:
+            bias = self.personal_gate_bias
+            rows.append(own.new_zeros(1, dtype=torch.float32) if bias is None else bias.float()[None])
+        if common is not None:
+            rows.append(common.new_zeros(1, dtype=torch.float32))
+        if not rows:
+            return self.x_TH.new_empty(0, dtype=torch.float32)
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def router(self) -> Tensor:
+        """The router's rows; none, where the decision was made elsewhere."""
+        if self.router_weight_EH is None:
+            return self.x_TH.new_empty(0, self.x_TH.shape[1])
+        return self.router_weight_EH
+
+
+class Outcome(NamedTuple):
+    """What a call computes: y, the router's logits (or zero rows), its decision, the gates, and the
+    pre-activations of the routed, personal and shared experts (or zero elements)."""
+
+    y_TH: Tensor
+    logits_TE: Tensor | None
+    ids_TK: Tensor
+    weights_TK: Tensor
+    gates_GT: Tensor
+    preacts: tuple[Tensor, ...]
+
+
+def evaluate(call: Call, route: Callable[..., Any], experts: Callable[..., Any]) -> Outcome:
+    """The layer's two steps: the thin products of x, then the feed-forward blocks."""
+    gate_weight_GH = call.gate_rows()
+    gates_GT, logits_TE = gate_weight_GH, None
+    ids_TK, weights_TK = call.ids_TK, call.weights_TK
+    if ids_TK is None or gate_weight_GH.shape[0]:
+        found = route(
+            *(call.x_TH, call.router(), call.router_bias_E, gate_weight_GH, call.gate_biases(), call.top_k),
+            *(call.normalize, call.score, call.scale, call.want_logits, call.backend),
+        )
+        if ids_TK is None:
+            ids_TK, weights_TK, gates_GT, logits_TE = found
+        else:
+            gates_GT = found[2]
+    assert ids_TK is not None and weights_TK is not None
+    personal_gate_T, shared_gate_T = gates_apart(call, gates_GT)
+    y_TH, *preacts = experts(
+        *(call.x_TH, ids_TK, weights_TK, *call[8:14], personal_gate_T, *call[14:18], shared_gate_T),
+        *(call.mix, call.save_preact, call.backend),
+    )
+    return Outcome(y_TH, logits_TE, ids_TK, weights_TK, gates_GT, tuple(preacts))
+
+
+def gates_apart(call: Call, gates_GT: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(the personal expert's gate [T], the shared one's), None for one that there is not."""
+    # Not by index, whose gradient in a traced graph fills and copies once a gate.
+    gates = gates_GT.unbind(0) if gates_GT.shape[0] > 1 else (gates_GT.view(-1),)
+    return (
+        None if call.personal_gate_weight_H is None else gates[0],
+        None if call.shared_gate_weight_H is None else gates[-1],
+    )
+
+
+def unrecorded(op: Any) -> Callable[..., Any]:
+    """``op`` where nothing is to be recorded: every call of torch within, its own included, skips looking."""
+
+    def run(*inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    return run
+
+
+route, route_backward = unrecorded(autograd.route), unrecorded(autograd.route_backward)
+experts, experts_backward = unrecorded(autograd.experts), unrecorded(autograd.experts_backward)
+# How many of a Call's first fields are tensors.
+TENSORS = Call._fields.index("top_k")
+
+
+def run(call: Call) -> tuple[Tensor, Tensor | None]:
+    """(y_TH, logits_TE if wanted) of ``call``, recorded where gradients are on."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        found = evaluate(call, autograd.apply_route, autograd.apply_experts)
+    elif torch.is_grad_enabled():
+        return LayerNode.apply(*call)
+    else:
+        found = evaluate(call, route, experts)
+    return found.y_TH, found.logits_TE if call.want_logits else None
+
+
+class LayerNode(torch.autograd.Function):
+    """(y, logits) of a :class:`Call`; logits are None unless wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, *fields: Any) -> tuple[Tensor, Tensor | None]:
+        call = Call(*fields)
+        found = evaluate(call, route, experts)
+        ctx.settings = call[TENSORS:]
+        decision = (found.ids_TK, found.weights_TK, found.gates_GT)
+        ctx.save_for_backward(*call[:3], *decision, *call[5:TENSORS], *found.preacts)
+        ctx.decided_here = call.ids_TK is None
+        # Without this, backward is handed zeros for logits that nobody asked for.
+        ctx.set_materialize_grads(False)
+        return found.y_TH, found.logits_TE if call.want_logits else None
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        return autograd.first_order(layer_vjp, ctx, *grads)
+
+
+def layer_vjp(ctx: Any, grad_y_TH: Tensor | None, grad_logits_TE: Tensor | None) -> tuple:
+    """The gradient of every field of the :class:`Call`, None where there is none or none is needed."""
+    saved = ctx.saved_tensors
+    need: Any = Call(*ctx.needs_input_grad)
+    call: Any = Call(*saved[:5], *saved[6 : TENSORS + 1], *ctx.settings)
+    gates_GT, preacts = saved[5], saved[TENSORS + 1 :]
+    own, common = call.personal_gate_weight_H, call.shared_gate_weight_H
+    need_own = own is not None and (need.x_TH or need.personal_gate_weight_H or need.personal_gate_bias)
+    need_common = common is not None and (need.x_TH or need.shared_gate_weight_H)
+    scored = ctx.decided_here and (need.x_TH or need.router_weight_EH)
+    needs = [need.x_TH, scored or need.weights_TK, need.gate_up_E2IH, need.down_EHI]
+    needs += [need.personal_gate_up_2IH, need.personal_down_HI, need_own]
+    needs += [need.shared_gate_up_2IH, need.shared_down_HI, need_common]
+    found: tuple = (None,) * len(needs)
+    if grad_y_TH is not None:
+        personal_gate_T, shared_gate_T = gates_apart(call, gates_GT)
+        found = experts_backward(
+            *(grad_y_TH.contiguous(), call.x_TH, call.ids_TK, call.weights_TK, *call[8:14], personal_gate_T),
+            *(*call[14:18], shared_gate_T, *preacts, call.mix, needs, call.backend),
+        )
+        found = tuple(grad if needed else None for grad, needed in zip(found, needs))
+    dx_TH, dweights_TK, dgate_up, ddown, dpersonal_up, dpersonal_down, dgate_T = found[:7]
+    dshared_up, dshared_down, dshared_gate_T = found[7:]
+    drouter = dgate_rows_GH = dgate_biases_G = None
+    if scored or need_own or need_common:
+        choices = call.ids_TK.shape[1] if ctx.decided_here else 0
+        opened = [(dgate_T, own), (dshared_gate_T, common)]
+        dgates = [zeros_for(grad, gates_GT[0]) for grad, gate in opened if gate is not None]
+        gate_rows_GH = call.gate_rows()
+        needs = [need.x_TH, need.router_weight_EH, need.personal_gate_weight_H or need.shared_gate_weight_H]
+        needs.append(need.personal_gate_bias)
+        found = route_backward(
+            zeros_for(dweights_TK, call.weights_TK)[:, :choices],
+            gates_GT if not dgates else dgates[0][None] if len(dgates) == 1 else torch.stack(dgates),
+            gates_GT.new_empty(0) if grad_logits_TE is None else grad_logits_TE.contiguous(),
+            *(call.x_TH, call.router(), gate_rows_GH, call.ids_TK[:, :choices]),
+            *(call.weights_TK[:, :choices], gates_GT, call.normalize, call.score, call.scale),
+            *(needs, dx_TH, call.backend),
+        )
+        dx_TH, drouter, dgate_rows_GH, dgate_biases_G = (g if n else None for g, n in zip(found, needs))
+    return (
+        *(dx_TH, drouter, None, None, dweights_TK if need.weights_TK else None),
+        row(dgate_rows_GH, 0, own, need.personal_gate_weight_H),
+        row(dgate_biases_G, 0, call.personal_gate_bias, need.personal_gate_bias),
+        row(dgate_rows_GH, -1, common, need.shared_gate_weight_H),
+        *(dgate_up, ddown, None, None),
+        *(dpersonal_up, dpersonal_down, dshared_up, dshared_down, None, None),
+        *(None,) * (len(Call._fields) - TENSORS),
+    )
+
+
+def zeros_for(grad: Tensor | None, like: Tensor) -> Tensor:
+    """``grad``, or zeros where nothing depended on what it is the gradient of."""
+    return torch.zeros_like(like) if grad is None else grad
+
+
+def row(rows: Tensor | None, place: int, parameter: Tensor | None, needed: bool) -> Tensor | None:
+    """One gate's part of a gradient, in its parameter's dtype."""
+    return rows[place].to(parameter.dtype) if needed and rows is not None and parameter is not None else None
