@@ -16,7 +16,8 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_every_gradient_of_route_matches_float64_autograd(score, normalize):
+@pytest.mark.parametrize("has_other", [False, True])
+def test_every_gradient_of_route_matches_float64_autograd(score, normalize, has_other):
     T, H, E, K, G, scale = 17, 12, 7, 3, 2, 1.7
     x, weight, gate_weight, gate_bias = (
         normal(T, H),
@@ -29,20 +30,10 @@ def test_every_gradient_of_route_matches_float64_autograd(score, normalize):
     ids, weights, gates, logits = cpu.route(
         x, weight, bias, gate_weight, gate_bias, K, normalize, score, scale, True
     )
+    other = normal(T, H, seed=9) if has_other else None
+    saved = x, weight, gate_weight, ids, weights, gates
     found = routing.route_backward(
-        dweights,
-        dgates,
-        dlogits,
-        x,
-        weight,
-        gate_weight,
-        ids,
-        weights,
-        gates,
-        normalize,
-        score,
-        scale,
-        [True] * 4,
+        dweights, dgates, dlogits, *saved, normalize, score, scale, [True] * 4, other
     )
 
     leaves = [t.double().requires_grad_() for t in (x, weight, gate_weight, gate_bias)]
@@ -54,6 +45,8 @@ def test_every_gradient_of_route_matches_float64_autograd(score, normalize):
     for got, want in [(weights, weights64), (gates, gates64), (logits, logits64)]:
         assert relative_error(got, want) < 2e-6
     loss = (weights64 * dweights).sum() + (gates64 * dgates).sum() + (logits64 * dlogits).sum()
+    if has_other:
+        loss = loss + (x64 * other).sum()
     for got, want in zip(found, torch.autograd.grad(loss, leaves)):
         assert got.shape == want.shape
         assert relative_error(got, want) < 1e-5

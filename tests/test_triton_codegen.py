@@ -192,7 +192,7 @@ def test_a_float32_router_of_many_experts_fits_every_chip(capability):
         route(x, router, None, gates, meta(2, dtype=f32), K, True, "softmax", 1.0, False)
         saved = x, router, gates, ids, weights, opened
         needs = [True, False, True, True]
-        route_backward(weights, opened, meta(0, E, dtype=f32), *saved, True, "softmax", 1.0, needs)
+        route_backward(weights, opened, meta(0, E, dtype=f32), *saved, True, "softmax", 1.0, needs, x)
     for recorded in launches:
         found = codegen.resources(codegen.compile_launch(recorded, capability), capability)
         assert found.stack == 0 and found.shared <= codegen.SHARED_LIMIT[capability], recorded.kernel

@@ -303,7 +303,8 @@ def test_gates_are_sigmoids_with_or_without_a_router(gates):
         ("softmax", False, 0, 0, 2),
     ],
 )
-def test_route_backward_has_the_gradients_of_autograd(dtype, score, normalize, E, K, G):
+@pytest.mark.parametrize("has_other", [False, True])
+def test_route_backward_has_the_gradients_of_autograd(has_other, dtype, score, normalize, E, K, G):
     T, H, scale = 37, 72, 1.5
     x, weight, gate_weight = normal(T, H, dtype=dtype), normal(E, H, seed=1, dtype=dtype), normal(G, H)
     dw, dlogits = normal(T, K, seed=2), normal(T, E, seed=3) if E == 60 else normal(0, E)
@@ -311,6 +312,7 @@ def test_route_backward_has_the_gradients_of_autograd(dtype, score, normalize, E
     gates = torch.sigmoid(gate_weight @ x.float().T)
     scores = torch.rand(T, E, generator=torch.Generator().manual_seed(5))
     ids = scores.topk(K, dim=1).indices.int().to(DEVICE)
+    other = normal(T, H, seed=6, dtype=dtype) if has_other else None
 
     def autograd(kind):
         leaves = [t.to(kind).requires_grad_() for t in (x, weight, gate_weight)]
@@ -322,11 +324,12 @@ def test_route_backward_has_the_gradients_of_autograd(dtype, score, normalize, E
         loss = (w * dw.to(kind)).sum() + (g * dgates.to(kind)).sum()
         if dlogits.numel():
             loss = loss + (logits * dlogits.to(kind)).sum()
+        if has_other:
+            loss = loss + (leaves[0] * other.to(kind)).sum()
         return torch.autograd.grad(loss, (*leaves, bias))
 
-    got = route_backward(
-        *(dw, dgates, dlogits, x, weight, gate_weight, ids, dw, gates, normalize, score, scale, [True] * 4)
-    )
+    saved = x, weight, gate_weight, ids, dw, gates
+    got = route_backward(dw, dgates, dlogits, *saved, normalize, score, scale, [True] * 4, other)
     names = ("dx", "d weight", "d gate weight", "d gate bias")
     for name, mine, exact, plain in zip(names, got, autograd(torch.float64), autograd(dtype)):
         assert mine.shape == exact.shape, name

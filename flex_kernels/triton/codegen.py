@@ -250,7 +250,7 @@ def launches_of(
     grads = weights, meta(2, T, dtype=torch.float32), meta(0, E, dtype=torch.float32)
     saved = x, rows_EH, gates_GH, inverse, weights, grads[1]
     needs = [True, False, True, True]
-    add("route_backward", lambda: route_backward(*grads, *saved, True, "softmax", 1.0, needs))
+    add("route_backward", lambda: route_backward(*grads, *saved, True, "softmax", 1.0, needs, x))
     return found
 
 

@@ -82,19 +82,35 @@ def unordered(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def arithmetic(block: Block, one: Instruction) -> None:
     name, kinds = one.kinds[0], one.kinds
     kind = kinds[-1]
-    if kind == "bf16x2":
-        halves = []
-        for shift in (0, 16):
-            a, b = (bfloat_to_float(block.read(o, "u32") >> shift & 0xFFFF) for o in one.operands[1:])
-            halves.append(float_to_bfloat(BINARY[name](a, b)).astype(np.uint32))
+    if kind in ("bf16x2", "f16x2"):
+        words = [block.read(o, "u32") for o in one.operands[1:]]
+        low, up = ([half(word >> shift, kind) for word in words] for shift in (0, 16))
+        halves = [half_bits(BINARY[name](*pair), kind).astype(np.uint32) for pair in (low, up)]
         block.write(one.operands[0], halves[0] | halves[1] << 16)
         return
     if name == "mul" and kinds[1] in ("wide", "hi"):
         a, b = (block.read(o, kind) for o in one.operands[1:])
         block.write(one.operands[0], widened(a) * widened(b) if kinds[1] == "wide" else high(a, b))
         return
-    values = [block.read(o, kind) for o in one.operands[1:]]
-    block.write(one.operands[0], BINARY[name](*values) if len(values) == 2 else UNARY[name](*values))
+    # float32 has more than twice the bits: what it rounds first is rounded to bfloat16 as if at once.
+    values = [number(block, o, kind) for o in one.operands[1:]]
+    found = BINARY[name](*values) if len(values) == 2 else UNARY[name](*values)
+    block.write(one.operands[0], float_to_bfloat(found) if kind == "bf16" else found)
+
+
+def number(block: Block, operand: object, kind: str) -> np.ndarray:
+    """As :meth:`Block.read`, bfloat16 as float32."""
+    return bfloat_to_float(block.read(operand, "u16")) if kind == "bf16" else block.read(operand, kind)
+
+
+def half(word: np.ndarray, kind: str) -> np.ndarray:
+    """The lower 16 bits as float32 or float16."""
+    bits = word.astype(np.uint16)
+    return bfloat_to_float(bits) if kind.startswith("bf16") else bits.view(np.float16)
+
+
+def half_bits(values: np.ndarray, kind: str) -> np.ndarray:
+    return float_to_bfloat(values) if kind.startswith("bf16") else values.view(np.uint16)
 
 
 def widened(a: np.ndarray) -> np.ndarray:
@@ -105,8 +121,13 @@ def multiply_add(block: Block, one: Instruction) -> None:
     out, a, b, c = one.operands
     kind = one.kinds[-1]
     if one.kinds[0] == "fma":
-        x, y, z = (block.read(o, kind).astype(np.float64) for o in (a, b, c))
-        block.write(out, (x * y + z).astype(np.float32))
+        x, y, z = (number(block, o, kind).astype(np.float64) for o in (a, b, c))
+        found = (x * y + z).astype(np.float32)
+        if kind == "bf16":
+            if (np.isfinite(found) & (found != x * y + z)).any():
+                raise PtxError("a sum of bfloat16 that would be rounded twice here")
+            found = float_to_bfloat(found)
+        block.write(out, found)
         return
     x, y = block.read(a, kind), block.read(b, kind)
     if one.kinds[1] == "wide":

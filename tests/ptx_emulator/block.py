@@ -22,7 +22,7 @@ TYPES = {
     "pred": np.dtype("bool"),
 }
 # What parameters' addresses start at: no address of anything else.
-PARAMETER_WINDOW = 0x7FFF_0000_0000_0000
+PARAMETER_WINDOW = 0xF000_0000
 # What a register holds before it is written: NaN. A compiler may read one whose value does not matter.
 UNDEFINED = 2**64 - 1
 WARP = 32
