@@ -85,10 +85,10 @@ def first_order(vjp: Callable[..., tuple], ctx: Any, *grads: Any) -> tuple:
 
     Autograd leaves gradients enabled here only where a second derivative may follow (``create_graph``).
     """
+    if not torch.is_grad_enabled():
+        return vjp(ctx, *grads)
     with torch.no_grad():
         found = vjp(ctx, *grads)
-    if not torch.is_grad_enabled():
-        return found
     given = [t for t in found if t is not None]
     causes = [t for t in (*grads, *ctx.saved_tensors) if t is not None]
     refusing = iter(SecondDerivative.apply(len(given), *given, *causes))

@@ -60,7 +60,7 @@ class Call(NamedTuple):
     def gate_rows(self) -> Tensor:
         """The sigmoid gates as rows of one small matrix [G, H] float32, G = 0, 1 or 2."""
         gates = (self.personal_gate_weight_H, self.shared_gate_weight_H)
-        rows = [weight.float()[None] for weight in gates if weight is not None]
+        rows = [weight.float().unsqueeze(0) for weight in gates if weight is not None]
         if not rows:
             return self.x_TH.new_empty(0, self.x_TH.shape[1], dtype=torch.float32)
         # One gate is a view: at few tokens, each of these small copies takes as long as a kernel.
@@ -72,7 +72,7 @@ class Call(NamedTuple):
         rows = []
         if own is not None:
             bias = self.personal_gate_bias
-            rows.append(own.new_zeros(1, dtype=torch.float32) if bias is None else bias.float()[None])
+            rows.append(own.new_zeros(1, dtype=torch.float32) if bias is None else bias.float().unsqueeze(0))
         if common is not None:
             rows.append(common.new_zeros(1, dtype=torch.float32))
         if not rows:
@@ -131,18 +131,6 @@ def gates_apart(call: Call, gates_GT: Tensor) -> tuple[Tensor | None, Tensor | N
     )
 
 
-def unrecorded(op: Any) -> Callable[..., Any]:
-    """``op`` where nothing is to be recorded: every call of torch within, its own included, skips looking."""
-
-    def run(*inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
-
-    return run
-
-
-route, route_backward = unrecorded(autograd.route), unrecorded(autograd.route_backward)
-experts, experts_backward = unrecorded(autograd.experts), unrecorded(autograd.experts_backward)
 # How many of a Call's first fields are tensors.
 TENSORS = Call._fields.index("top_k")
 
@@ -154,8 +142,14 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     elif torch.is_grad_enabled():
         return LayerNode.apply(*call)
     else:
-        found = evaluate(call, route, experts)
+        found = unrecorded(call)
     return found.y_TH, found.logits_TE if call.want_logits else None
+
+
+def unrecorded(call: Call) -> Outcome:
+    """:func:`evaluate`, recording nothing: every call of torch within skips looking whether it should."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return evaluate(call, autograd.route, autograd.experts)
 
 
 class LayerNode(torch.autograd.Function):
@@ -164,7 +158,7 @@ class LayerNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *fields: Any) -> tuple[Tensor, Tensor | None]:
         call = Call(*fields)
-        found = evaluate(call, route, experts)
+        found = unrecorded(call)
         ctx.settings = call[TENSORS:]
         decision = (found.ids_TK, found.weights_TK, found.gates_GT)
         ctx.save_for_backward(*call[:3], *decision, *call[5:TENSORS], *found.preacts)
@@ -175,12 +169,20 @@ class LayerNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple:
-        return autograd.first_order(layer_vjp, ctx, *grads)
+        return autograd.first_order(unrecorded_vjp, ctx, *grads)
 
 
-def layer_vjp(ctx: Any, grad_y_TH: Tensor | None, grad_logits_TE: Tensor | None) -> tuple:
-    """The gradient of every field of the :class:`Call`, None where there is none or none is needed."""
+def unrecorded_vjp(ctx: Any, *grads: Any) -> tuple:
+    # Before anything is unrecorded: to have them, a checkpoint runs its part of the model again.
     saved = ctx.saved_tensors
+    with torch._C._AutoDispatchBelowAutograd():
+        return layer_vjp(ctx, saved, *grads)
+
+
+def layer_vjp(
+    ctx: Any, saved: tuple, grad_y_TH: Tensor | None, grad_logits_TE: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradient of every field of the :class:`Call`, None where there is none or none is needed."""
     need: Any = Call(*ctx.needs_input_grad)
     call: Any = Call(*saved[:5], *saved[6 : TENSORS + 1], *ctx.settings)
     gates_GT, preacts = saved[5], saved[TENSORS + 1 :]
@@ -194,7 +196,7 @@ def layer_vjp(ctx: Any, grad_y_TH: Tensor | None, grad_logits_TE: Tensor | None)
     found: tuple = (None,) * len(needs)
     if grad_y_TH is not None:
         personal_gate_T, shared_gate_T = gates_apart(call, gates_GT)
-        found = experts_backward(
+        found = autograd.experts_backward(
             *(grad_y_TH.contiguous(), call.x_TH, call.ids_TK, call.weights_TK, *call[8:14], personal_gate_T),
             *(*call[14:18], shared_gate_T, *preacts, call.mix, needs, call.backend),
         )
@@ -203,19 +205,19 @@ def layer_vjp(ctx: Any, grad_y_TH: Tensor | None, grad_logits_TE: Tensor | None)
     dshared_up, dshared_down, dshared_gate_T = found[7:]
     drouter = dgate_rows_GH = dgate_biases_G = None
     if scored or need_own or need_common:
-        choices = call.ids_TK.shape[1] if ctx.decided_here else 0
+        grad_TK, ids_TK, weights_TK = dweights_TK, call.ids_TK, call.weights_TK
+        if not ctx.decided_here:
+            grad_TK, ids_TK, weights_TK = (t[:, :0] for t in (weights_TK, ids_TK, weights_TK))
         opened = [(dgate_T, own), (dshared_gate_T, common)]
-        dgates = [zeros_for(grad, gates_GT[0]) for grad, gate in opened if gate is not None]
-        gate_rows_GH = call.gate_rows()
+        dgates = [gate_gradient(grad, gates_GT) for grad, gate in opened if gate is not None]
         needs = [need.x_TH, need.router_weight_EH, need.personal_gate_weight_H or need.shared_gate_weight_H]
         needs.append(need.personal_gate_bias)
-        found = route_backward(
-            zeros_for(dweights_TK, call.weights_TK)[:, :choices],
-            gates_GT if not dgates else dgates[0][None] if len(dgates) == 1 else torch.stack(dgates),
+        found = autograd.route_backward(
+            torch.zeros_like(weights_TK) if grad_TK is None else grad_TK,
+            gates_GT if not dgates else dgates[0] if len(dgates) == 1 else torch.cat(dgates),
             gates_GT.new_empty(0) if grad_logits_TE is None else grad_logits_TE.contiguous(),
-            *(call.x_TH, call.router(), gate_rows_GH, call.ids_TK[:, :choices]),
-            *(call.weights_TK[:, :choices], gates_GT, call.normalize, call.score, call.scale),
-            *(needs, dx_TH, call.backend),
+            *(call.x_TH, call.router(), call.gate_rows(), ids_TK, weights_TK, gates_GT),
+            *(call.normalize, call.score, call.scale, needs, dx_TH, call.backend),
         )
         dx_TH, drouter, dgate_rows_GH, dgate_biases_G = (g if n else None for g, n in zip(found, needs))
     return (
@@ -229,11 +231,13 @@ def layer_vjp(ctx: Any, grad_y_TH: Tensor | None, grad_logits_TE: Tensor | None)
     )
 
 
-def zeros_for(grad: Tensor | None, like: Tensor) -> Tensor:
-    """``grad``, or zeros where nothing depended on what it is the gradient of."""
-    return torch.zeros_like(like) if grad is None else grad
+def gate_gradient(grad_T: Tensor | None, gates_GT: Tensor) -> Tensor:
+    """[1, T], zeros where nothing depended on the gate."""
+    return gates_GT.new_zeros(1, gates_GT.shape[1]) if grad_T is None else grad_T.unsqueeze(0)
 
 
 def row(rows: Tensor | None, place: int, parameter: Tensor | None, needed: bool) -> Tensor | None:
     """One gate's part of a gradient, in its parameter's dtype."""
-    return rows[place].to(parameter.dtype) if needed and rows is not None and parameter is not None else None
+    if not needed or rows is None or parameter is None:
+        return None
+    return rows.select(0, place).to(parameter.dtype)

@@ -279,9 +279,9 @@ class RoutingKernels:
         sizes = (N, N, held, held, experts + 1, int(block_rows > 0), counts)
         # One allocation: each costs the host as much as the kernel costs the device when tokens are few.
         buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-        order_N, inverse_N, tile_expert_M, tile_row_M, offsets_E1, tile_count_1, counts_CE1 = buffer.split(
-            sizes
-        )
+        # Not Tensor.split, whose Python takes as long as the kernel.
+        parts = torch.split_with_sizes(buffer, sizes)
+        order_N, inverse_N, tile_expert_M, tile_row_M, offsets_E1, tile_count_1, counts_CE1 = parts
         self.launch(
             "permute",
             device,
