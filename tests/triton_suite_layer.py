@@ -11,7 +11,7 @@ import torch
 from cases import LargestTensor, assert_close, make_case, with_fixed_routing
 from triton_device import DEVICE, DTYPES, poisoned_memory, to_device
 
-from flex_kernels import Routed, backends, checkpoint_contexts, flex_moe
+from flex_kernels import FlexMoE, Routed, backends, checkpoint_contexts, flex_moe
 from flex_kernels.triton import experts_backward
 
 pytestmark = pytest.mark.usefixtures(poisoned_memory.__name__)
@@ -210,6 +210,20 @@ def test_the_layer_can_be_captured_in_a_cuda_graph():
     got.fill_(float("nan"))
     graph.replay()
     assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="graphs are captured on a GPU")
+def test_a_module_whose_passes_are_graphs_trains_as_without():
+    case = to_device(make_case(T=64, H=64, I=64, E=8, dtype=torch.bfloat16))
+    layer = FlexMoE(case.router, case.experts, case.shared, backend="triton")
+    layer.personalize(3)
+    trained = list(layer.personal.parameters())
+    x_TH = case.x_TH.detach().requires_grad_()
+    want = torch.autograd.grad(layer(x_TH).square().sum(), [x_TH, *trained])
+    graphed = torch.cuda.make_graphed_callables(layer, (torch.randn_like(x_TH).requires_grad_(),))
+    for _ in range(2):
+        got = torch.autograd.grad(graphed(x_TH).square().sum(), [x_TH, *trained])
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="the interpreter's kernels cannot be traced")
