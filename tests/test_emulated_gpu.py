@@ -209,6 +209,7 @@ def test_what_threads_copied_is_multiplied_behind_a_barrier():
         product(without(r"bar\.sync\s+0;"), gathered=True)
 
 
+@pytest.mark.skipif(not TRITON_FENCES_COPIES, reason="this Triton leaves the fence out")
 def test_what_threads_wrote_is_fenced_before_tensor_cores_read_it():
     with pytest.raises(PtxError, match=r"without fence\.proxy\.async"):
         product(without(r"fence\.proxy\.async[^;]*;"), gathered=True)
