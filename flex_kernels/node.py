@@ -86,6 +86,19 @@ class Call(NamedTuple):
         return self.router_weight_EH
 
 
+def fields(first: str, last: str) -> slice:
+    """The places of a Call's fields from ``first`` to ``last``."""
+    return slice(Call._fields.index(first), Call._fields.index(last) + 1)
+
+
+# The weights as the op ``experts`` takes them: on either side of the personal expert's gate.
+BEFORE_GATE = fields("gate_up_E2IH", "personal_down_HI")
+BEHIND_GATE = fields("shared_gate_up_2IH", "shared_down_scales")
+SETTINGS = fields("top_k", "backend")
+# How many of the fields are tensors: all before the settings.
+TENSORS = SETTINGS.start
+
+
 class Outcome(NamedTuple):
     """What a call computes: y, the router's logits (or zero rows), its decision, the gates, and the
     pre-activations of the routed, personal and shared experts (or zero elements)."""
@@ -114,9 +127,10 @@ def evaluate(call: Call, route: Callable[..., Any], experts: Callable[..., Any])
             gates_GT = found[2]
     assert ids_TK is not None and weights_TK is not None
     personal_gate_T, shared_gate_T = gates_apart(call, gates_GT)
+    weights: tuple[Any, ...] = tuple(call)
     y_TH, *preacts = experts(
-        *(call.x_TH, ids_TK, weights_TK, *call[8:14], personal_gate_T, *call[14:18], shared_gate_T),
-        *(call.mix, call.save_preact, call.backend),
+        *(call.x_TH, ids_TK, weights_TK, *weights[BEFORE_GATE], personal_gate_T, *weights[BEHIND_GATE]),
+        *(shared_gate_T, call.mix, call.save_preact, call.backend),
     )
     return Outcome(y_TH, logits_TE, ids_TK, weights_TK, gates_GT, tuple(preacts))
 
@@ -129,10 +143,6 @@ def gates_apart(call: Call, gates_GT: Tensor) -> tuple[Tensor | None, Tensor | N
         None if call.personal_gate_weight_H is None else gates[0],
         None if call.shared_gate_weight_H is None else gates[-1],
     )
-
-
-# How many of a Call's first fields are tensors.
-TENSORS = Call._fields.index("top_k")
 
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
@@ -159,7 +169,7 @@ class LayerNode(torch.autograd.Function):
     def forward(ctx: Any, *fields: Any) -> tuple[Tensor, Tensor | None]:
         call = Call(*fields)
         found = unrecorded(call)
-        ctx.settings = call[TENSORS:]
+        ctx.settings = call[SETTINGS]
         decision = (found.ids_TK, found.weights_TK, found.gates_GT)
         ctx.save_for_backward(*call[:3], *decision, *call[5:TENSORS], *found.preacts)
         ctx.decided_here = call.ids_TK is None
@@ -197,8 +207,8 @@ def layer_vjp(
     if grad_y_TH is not None:
         personal_gate_T, shared_gate_T = gates_apart(call, gates_GT)
         found = autograd.experts_backward(
-            *(grad_y_TH.contiguous(), call.x_TH, call.ids_TK, call.weights_TK, *call[8:14], personal_gate_T),
-            *(*call[14:18], shared_gate_T, *preacts, call.mix, needs, call.backend),
+            *(grad_y_TH.contiguous(), call.x_TH, call.ids_TK, call.weights_TK, *call[BEFORE_GATE]),
+            *(personal_gate_T, *call[BEHIND_GATE], shared_gate_T, *preacts, call.mix, needs, call.backend),
         )
         found = tuple(grad if needed else None for grad, needed in zip(found, needs))
     dx_TH, dweights_TK, dgate_up, ddown, dpersonal_up, dpersonal_down, dgate_T = found[:7]
