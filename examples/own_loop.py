@@ -63,5 +63,7 @@ def train(model_folder: str, home: Path, rounds: int = 2, steps: int = 2) -> lis
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/own_loop.py MODEL_FOLDER (or a Hugging Face id)")
     for number, of_round in enumerate(train(sys.argv[1], Path("own_loop"))):
         print(f"round {number}:", ", ".join(f"{name} {loss:.3f}" for name, loss in of_round.items()))

@@ -86,15 +86,15 @@ class Call(NamedTuple):
         return self.router_weight_EH
 
 
-def fields(first: str, last: str) -> slice:
+def places(first: str, last: str) -> slice:
     """The places of a Call's fields from ``first`` to ``last``."""
     return slice(Call._fields.index(first), Call._fields.index(last) + 1)
 
 
 # The weights as the op ``experts`` takes them: on either side of the personal expert's gate.
-BEFORE_GATE = fields("gate_up_E2IH", "personal_down_HI")
-BEHIND_GATE = fields("shared_gate_up_2IH", "shared_down_scales")
-SETTINGS = fields("top_k", "backend")
+BEFORE_GATE = places("gate_up_E2IH", "personal_down_HI")
+BEHIND_GATE = places("shared_gate_up_2IH", "shared_down_scales")
+SETTINGS = places("top_k", "backend")
 # How many of the fields are tensors: all before the settings.
 TENSORS = SETTINGS.start
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flex_kernels.quantize import GROUP_COLUMNS, NF4_LEVELS, Quantized
 from flex_kernels.triton.common import load_tile
-from flex_kernels.triton.direct import FUSED
+from flex_kernels.triton.direct import launch
 from flex_kernels.triton.groups import Groups
 from flex_kernels.triton.tiles import Plan, Tile, capability_of, ceil_div, pinned_plan
 
@@ -192,19 +192,19 @@ def decode(w: Quantized, out_ERC: Tensor) -> None:
     """Write the weights [E, R, C] in ``out_ERC``'s dtype, contiguous, each product rounded once."""
     E, R, C = w.shape
     rows, columns = 64, 64
-    decode_kernel[(ceil_div(R, rows) * ceil_div(C, columns), E)](
-        w.codes,
-        w.scales,
-        out_ERC,
-        *w.codes.stride(),
-        *scale_arguments(w)[1:],
+    launch(
+        decode_kernel,
+        w.codes.device,
+        (ceil_div(R, rows) * ceil_div(C, columns), E),
+        (w.codes, w.scales, out_ERC),
+        (),
+        (*w.codes.stride(), *scale_arguments(w)[1:]),
         R=R,
         C=C,
         KIND=kind_of(w),
         BR=rows,
         BC=columns,
         num_warps=4,
-        **FUSED,
     )
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flex_kernels.triton.common import load_tile
-from flex_kernels.triton.direct import FUSED
+from flex_kernels.triton.direct import launch
 from flex_kernels.triton.groups import Groups
 from flex_kernels.triton.tiles import ceil_div
 
@@ -85,12 +85,13 @@ def weight_grad(p: Tensor, gather_p: bool, q: Tensor, gather_q: bool, groups: Gr
     # float32 runs on the plain cores and wants small tiles; so does the interpreter, whose matrices are
     # small.
     block, rows = (64, 32) if p.element_size() == 2 and p.device.type != "cpu" else (32, 16)
-    weight_grad_kernel[(ceil_div(P, block) * ceil_div(Q, block), E)](
-        p,
-        q,
-        dw_EPQ,
-        groups.order_N,
-        groups.offsets_E1,
+    launch(
+        weight_grad_kernel,
+        p.device,
+        (ceil_div(P, block) * ceil_div(Q, block), E),
+        (p, q, dw_EPQ, groups.order_N, groups.offsets_E1),
+        (),
+        (),
         P=P,
         Q=Q,
         SLOTS=groups.slots,
@@ -101,6 +102,5 @@ def weight_grad(p: Tensor, gather_p: bool, q: Tensor, gather_q: bool, groups: Gr
         BR=rows,
         num_warps=4,
         num_stages=3,
-        **FUSED,
     )
     return dw_EPQ
