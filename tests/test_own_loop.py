@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
 
+import flex
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "own_loop.py"
 
 
@@ -30,3 +32,16 @@ def test_the_example_trains_every_client_and_keeps_what_is_personal(own_loop, tm
     first, second = (load_file(home / f"{name}.safetensors") for name in own_loop.TEXTS)
     assert first.keys() == second.keys() and all(".personal." in name for name in first)
     assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_travels_survives_flower_s_messages():
+    """docs/install.md: into a record and out of it."""
+    flower = pytest.importorskip("flwr.app", reason="Flower is an extra of its own: pip install '.[flower]'")
+    model = make_model()
+    flex.graft(model, start=[0, 1])
+    flex.add_lora(model)
+    shared = flex.shared_state(model)
+    received = flower.ArrayRecord(shared).to_torch_state_dict()
+    assert list(received) == list(shared)
+    assert all(torch.equal(received[name], t) for name, t in shared.items())
+    flex.load_shared(model, received)
