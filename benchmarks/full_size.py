@@ -2,11 +2,14 @@
 
     python -m benchmarks.full_size --out benchmarks/results/full_size.json
     python -m benchmarks.full_size --layers 2 --personal full
+    python -m benchmarks.full_size --feedback-tokens 4096
 
 The model has the full configuration (24 layers, 60 experts of width 1408, 14.3 billion weights) and random
 weights, drawn tensor by tensor as the loader asks for them, quantised and let go: the loader is the one that
-reads checkpoints. It is grafted (LoRA on attention, a personal expert and a gate a layer) and trained with
-the client's own code. Peak: the process's resident high-water mark (VmHWM), import of torch included.
+reads checkpoints. With --feedback-tokens its experts are rounded with error feedback on so many random
+tokens, layer by layer, as by flex.load(..., gptq=batches). It is grafted (LoRA on attention, a personal
+expert and a gate a layer) and trained with the client's own code. Peak: the process's resident high-water
+mark (VmHWM), import of torch included.
 
 Where the processor multiplies int8, the same steps follow once more with int8 products allowed
 (flex_kernels.allow_int8_products).
@@ -48,6 +51,7 @@ class Size:
 
     Args:
         kind, shared_kind: of the routed and the shared experts.
+        feedback_tokens: to round the routed experts on, a multiple of ``tokens``; 0 rounds to the nearest.
         tokens: in a row. rows: of a step, one at a time through the model.
         personal: as for :func:`flex.graft`; "full" trains 3 I H parameters a layer in float32.
     """
@@ -62,6 +66,7 @@ class Size:
     vocabulary: int = 151936
     kind: Kind = "nf4"
     shared_kind: Kind = "int8"
+    feedback_tokens: int = 0
     personal: str = "lora"
     rank: int = 16
     tokens: int = 512
@@ -83,6 +88,12 @@ class Drawn:
             return (torch.zeros if self.name.endswith("bias") else torch.ones)(self.shape, dtype=DTYPE)
         generator = torch.Generator().manual_seed(derive_seed(0, self.name))
         return torch.empty(self.shape, dtype=DTYPE).normal_(0.0, self.std, generator=generator)[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return "BF16"
 
 
 def configuration(size: Size) -> Any:
@@ -119,8 +130,16 @@ def make_model(size: Size) -> Any:
     tensors = {name: Drawn(name, shape, config.initializer_range) for name, shape in shapes.items()}
     wanted = ExpertsConfig(size.kind, shared_experts=size.shared_kind)
     options = {"quantization_config": wanted, "attn_implementation": PACKED}
-    model = load_tensors_into_model("random weights", config, tensors, DTYPE, options)
+    model = load_tensors_into_model("random weights", config, tensors, DTYPE, options, feedback_ids(size))
     return model.requires_grad_(False)
+
+
+def feedback_ids(size: Size) -> Tensor | None:
+    """Random ids to round the experts on, or None."""
+    if not size.feedback_tokens:
+        return None
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(size.vocabulary, (size.feedback_tokens,), generator=generator).view(-1, size.tokens)
 
 
 def graft_model(model: Any, size: Size) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from flex import __version__
 from flex.commands.console import LIBRARY_ERRORS, Interrupted
 
-COMMANDS = ("demo", "train", "evaluate", "generate", "graft", "report", "doctor", "bench", "tune")
+COMMANDS = ("demo", "train", "evaluate", "generate", "graft", "quantize", "report", "doctor", "bench", "tune")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -175,12 +175,7 @@ def save_batches(config: Config, client: ClientData, count: int, path: Path) -> 
 def tokenizer_of(config: Config) -> Any:
     from transformers import AutoTokenizer
 
-    path = config.model.path
-    if path == "demo":
-        from flex.moefication import demo_model
-
-        path = str(demo_model())
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(config.model.local_path())
 
 
 def load_batches(path: Path) -> list[Batch]:

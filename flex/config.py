@@ -105,6 +105,14 @@ class Model(Table):
     )
     gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, more time")
 
+    def local_path(self) -> str:
+        """``path`` as transformers takes it; the demo model is made first where it is not there yet."""
+        if self.path != "demo":
+            return self.path
+        from flex.moefication import demo_model
+
+        return str(demo_model())
+
 
 @dataclass(frozen=True)
 class Data(Table):

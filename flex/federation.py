@@ -104,13 +104,8 @@ def check_length(config: Config) -> None:
     """Raise ConfigError when rows may be longer than the model's positions; reads its config.json alone."""
     from transformers import AutoConfig
 
-    path = config.model.path
-    if path == "demo":
-        from flex.moefication import demo_model
-
-        path = str(demo_model())
     try:
-        settings = AutoConfig.from_pretrained(path)
+        settings = AutoConfig.from_pretrained(config.model.local_path())
     except (OSError, ValueError):
         return  # Loading the model says why, in terms of model.path.
     most = getattr(settings, "max_position_embeddings", None)

@@ -2,7 +2,8 @@
 
 The tokens of all batches go through the model together, once. On reaching a layer its experts are rounded by
 what they are multiplied with there, and what leaves the layer is what the rounded ones compute: later layers
-make up for earlier ones as well.
+make up for earlier ones as well. A layer's float weights are needed only then: they are the model's own, or
+are read from a checkpoint when they are.
 
 Letters: B sequences, S positions, T tokens (padding left out), n of them that chose an expert, H hidden,
 I expert width.
@@ -10,22 +11,25 @@ I expert width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from flex.block import GraftedBlock
+from flex.deferred import Deferred
 from flex.experts_implementation import NAME
 from flex.hf_quantizer import refuse_save_pretrained
 from flex.memory import give_back_freed
 from flex.models import Adapter, find_blocks
 from flex.quantized import WEIGHTS, check_can_become, hold, kind_of
-from flex.select import Batch, checked_batches, prepare, watch_batches
+from flex.select import Batch, checked_batch, checked_batches, watch_batches
 from flex.watch import body_of
-from flex_kernels import Router
+from flex_kernels import Experts, Router
 from flex_kernels.modules import QuantizedWeight
 from flex_kernels.quantize import empty, quantize
 from flex_kernels.reference import route
@@ -62,17 +66,61 @@ def gptq(model: nn.Module, batches: Iterable[Batch]) -> None:
     check_can_become("nf4", held, layers)
     # Each layer's float weights are let go in turn.
     del layers
-    everything = together(batches, body_of(model))
+    everything = together(batches, vocabulary_of(model))
     outer = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if outer is not None:
         outer.set_experts_implementation(NAME)
-    watch_batches(model, [everything], blocks, lambda _, name, x_TH: round_layer(name, *blocks[name], x_TH))
+
+    round_layers(model, everything, lambda name: blocks[name][1].experts(blocks[name][0]))
     refuse_save_pretrained(model, "nf4")
 
 
-def together(batches: Iterable[Batch], body: nn.Module) -> dict[str, Tensor]:
-    """All batches as one, checked; shorter ones are padded at the right."""
-    checked = [prepare(batch, number, body) for number, batch in enumerate(checked_batches(batches))]
+def gptq_deferred(model: nn.Module, tokens: Batch, deferred: Mapping[str, Deferred]) -> None:
+    """As :func:`gptq`, with float experts that are read when their layer's turn comes, and let go behind it.
+
+    Args:
+        model: on the fused layer, with room for codes in the place of its routed experts.
+        tokens: of :func:`together`.
+        deferred: full name of each routed weight -> the weight, in the model's dtype.
+
+    Raises:
+        ValueError: a weight, or what a layer's experts see, is not finite; names the layer. No use can be
+            made of the model then.
+    """
+
+    def read(name: str) -> Experts:
+        experts = Experts(*(deferred[f"{name}.experts.{part}"].read() for part in WEIGHTS))
+        check_can_become("nf4", None, {name: experts})
+        return experts
+
+    round_layers(model, tokens, read)
+
+
+def round_layers(model: nn.Module, tokens: Batch, float_experts: Callable[[str], Experts]) -> None:
+    """Round the experts of every layer as ``tokens`` reach it; ``float_experts`` gives them by its name."""
+    blocks = find_blocks(model)
+    with logging.tqdm(total=len(blocks), desc="Rounding experts") as done:
+
+        def see(_: int, name: str, x_TH: Tensor) -> None:
+            round_layer(name, *blocks[name], float_experts(name), x_TH)
+            done.update()
+
+        watch_batches(model, [tokens], blocks, see)
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    embeddings: Any = body_of(model).get_input_embeddings()  # type: ignore[operator]
+    return embeddings.weight.shape[0]
+
+
+def together(batches: Iterable[Batch], vocabulary: int) -> dict[str, Tensor]:
+    """All batches as one, checked, on the CPU; shorter ones are padded at the right.
+
+    Raises:
+        TypeError, ValueError: as :func:`gptq` of ``batches``.
+    """
+    given = enumerate(checked_batches(batches))
+    checked = [checked_batch(batch, number, vocabulary) for number, batch in given]
     if not checked:
         raise ValueError("calibration holds no batch: at least one batch of token ids is needed")
     longest = max(batch["input_ids"].shape[1] for batch in checked)
@@ -85,16 +133,16 @@ def together(batches: Iterable[Batch], body: nn.Module) -> dict[str, Tensor]:
         if padded:
             whole["attention_mask"] = batch.get("attention_mask", torch.ones_like(ids_BS))
         if placed:
-            counted_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
+            counted_BS = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
             whole["position_ids"] = batch.get("position_ids", counted_BS)
         for key, values_BS in whole.items():
-            parts.setdefault(key, []).append(F.pad(values_BS, (0, longest - ids_BS.shape[1])))
+            parts.setdefault(key, []).append(F.pad(values_BS.cpu(), (0, longest - ids_BS.shape[1])))
     return {key: torch.cat(rows) for key, rows in parts.items()}
 
 
-def round_layer(name: str, block: nn.Module, adapter: Adapter, x_TH: Tensor) -> None:
-    """Round the experts of one layer, of which ``x_TH`` is the input, one after the other."""
-    experts, router = adapter.experts(block), adapter.route(block, x_TH)
+def round_layer(name: str, block: nn.Module, adapter: Adapter, experts: Experts, x_TH: Tensor) -> None:
+    """Round ``experts``, those of a layer whose input is ``x_TH``, one after the other, into its block."""
+    router = adapter.route(block, x_TH)
     ids_TK = route(x_TH, router)[0] if isinstance(router, Router) else router.ids
     of_gate_up, of_down = (empty(w.shape, "nf4", x_TH.device) for w in (experts.gate_up, experts.down))
     for e in range(experts.count):

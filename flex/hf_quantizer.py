@@ -18,6 +18,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from flex.deferred import Deferred
 from flex.importance import Importance, check_importance
 from flex.memory import give_back_freed
 from flex.models import Adapter, find_blocks
@@ -87,6 +88,8 @@ class ExpertsQuantizer(HfQuantizer):
         self.shapes: dict[str, torch.Size] = {}
         # Full name of a weight -> what it is quantised to while it is read.
         self.kinds: dict[str, Kind] = {}
+        # Full name of a weight -> what to round in its place, later, where the loader was not to read it.
+        self.deferred: dict[str, Deferred] = {}
         # The first weight that could not be quantised, and why.
         self.problem = ""
 
@@ -163,7 +166,7 @@ class ExpertsQuantizer(HfQuantizer):
 
 
 class QuantizeExperts(ConversionOps):
-    """A finished weight [..., R, C] becomes codes and scales, in the model itself."""
+    """A finished weight [..., R, C] becomes codes and scales, in the model itself; a deferred one, room."""
 
     def __init__(self, quantizer: ExpertsQuantizer):
         self.quantizer = quantizer
@@ -181,14 +184,18 @@ class QuantizeExperts(ConversionOps):
     ) -> dict[str, list[Tensor]]:
         (value,) = input_dict.values()
         input_dict.clear()
-        weight: Tensor = value[0] if isinstance(value, list) else value
+        weight: Tensor | Deferred = value[0] if isinstance(value, list) else value
         home, _, name = full_layer_name.rpartition(".")
         wanted = self.quantizer.shapes[full_layer_name]
         try:
             if weight.shape != wanted:
                 raise Unfit(f"the files have {list(weight.shape)}, the configuration wants {list(wanted)}")
-            of_columns = self.quantizer.importance_of(full_layer_name)
-            codes = quantize(weight, self.quantizer.kinds[full_layer_name], of_columns)
+            kind = self.quantizer.kinds[full_layer_name]
+            if isinstance(weight, Deferred):
+                self.quantizer.deferred[full_layer_name] = weight
+                codes = empty(weight.shape, kind)
+            else:
+                codes = quantize(weight, kind, self.quantizer.importance_of(full_layer_name))
             hold(model.get_submodule(home), name, QuantizedWeight(codes))
         except (ValueError, TypeError) as error:
             # Raised once loading ends: transformers would go on, with full-precision weights in its place.

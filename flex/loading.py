@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,18 @@ from transformers import (
 )
 
 from flex.block import moe_blocks
+from flex.deferred import defer_experts
+from flex.feedback import gptq_deferred, together
 from flex.files import flush_to_disk, save_tensors
 from flex.hf_quantizer import METHOD, ExpertsConfig, Unfit
 from flex.importance import Importance
 from flex.models import ADAPTERS, Unsupported, find_blocks
 from flex.quantized import check_kind, kind_of
-from flex.shards import INDEX, first_few, open_shards, shard_files
+from flex.select import Batch
+from flex.shards import FLOATS, INDEX, first_few, open_shards, shard_files
 from flex.shared_experts import quantize_shared, shared_kind_of, shared_modules
 from flex_kernels.quantize import KINDS, Kind
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LARGEST_SHARD = "5GB"
 
 
@@ -45,6 +48,7 @@ def load(
     revision: str | None = None,
     importance: Importance | None = None,
     shared_experts: Kind | None = None,
+    gptq: Iterable[Batch] | None = None,
 ) -> Any:
     """A causal language model whose routed experts are held in 8 or 4 bits; the whole never has to fit.
 
@@ -65,6 +69,10 @@ def load(
             spares the columns that count most. A model that this function loaded without one can tell it.
         shared_experts: "int8" or "nf4" holds the shared experts so too, beside quantised routed ones; None as
             the checkpoint has them. See :func:`flex.graft`.
+        gptq: batches of token ids, for ``experts="nf4"`` of a plain checkpoint: the experts are rounded with
+            error feedback on them, to the bits that :func:`flex.gptq` gives of the model in memory.
+            Everything else is read first; then the tokens go through the layers, and the experts of each are
+            read when they reach it.
 
     Returns:
         The model in evaluation mode, on the CPU.
@@ -73,9 +81,10 @@ def load(
         Unsupported: an architecture whose experts the fused layer does not know.
         FileNotFoundError, ValueError, OSError: no such checkpoint; a shard that is missing, truncated or not
             the one that the index describes (named); tensors that are missing or have another shape; a
-            checkpoint whose experts are quantised otherwise; an ``importance`` without use, or of another
-            model; ``shared_experts`` of a model without any, or beside plain routed experts.
-        TypeError: ``importance`` is no mapping of pairs of float tensors.
+            checkpoint whose experts are quantised otherwise; an ``importance`` or ``gptq`` without use, both
+            of them, or of another model; ``shared_experts`` of a model without any, or beside plain routed
+            experts; what the experts of a layer (named) see of ``gptq`` is not finite.
+        TypeError: ``importance`` is no mapping of pairs of float tensors, or ``gptq`` no batches.
     """
     check_kind("experts", experts)
     check_kind("shared_experts", shared_experts)
@@ -84,9 +93,8 @@ def load(
     config = AutoConfig.from_pretrained(path, revision=revision)
     check_kinds(path, config, experts, shared_experts)
     stored, stored_shared = stored_kinds(config)
-    if importance is not None and (experts != "nf4" or stored is not None):
-        what = f"experts={experts!r}" if stored is None else f"{path} is quantised already"
-        raise ValueError(f"importance is for a plain checkpoint and experts='nf4', but {what}: leave it out")
+    check_calibration(path, experts, stored, importance, gptq)
+    tokens = None if gptq is None else together(gptq, config.get_text_config().vocab_size)
     options: dict[str, Any] = (
         {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     )
@@ -97,7 +105,7 @@ def load(
         wanted = ExpertsConfig(experts, importance=importance, shared_experts=shared_experts)  # type: ignore[arg-type]
         options["quantization_config"] = wanted
     with open_shards(shard_files(path, revision)) as tensors:
-        model = load_tensors_into_model(path, config, tensors, dtype, options)
+        model = load_tensors_into_model(path, config, tensors, dtype, options, tokens)
     if stored is not None and shared_experts is not None and stored_shared is None:
         for block, adapter in find_blocks(model).values():
             quantize_shared(block, adapter.shared or "", shared_experts)
@@ -112,6 +120,19 @@ def check_folder(path: str) -> None:
     """Raise FileNotFoundError for a path that is no folder and cannot be a Hugging Face id either."""
     if (path.startswith(("/", ".", "~")) or path.count("/") > 1) and not os.path.isdir(path):
         raise FileNotFoundError(f"{path}: there is no such folder (and a Hugging Face id is NAMESPACE/NAME)")
+
+
+def check_calibration(
+    path: str, experts: Kind | None, stored: str | None, importance: Any, gptq: Any
+) -> None:
+    """Raise ValueError if what :func:`load` is given to round by has no use."""
+    named = {"importance": importance, "gptq": gptq}
+    given = [name for name, value in named.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError("importance and gptq are two ways of rounding: give one of them")
+    if given and (experts != "nf4" or stored is not None):
+        what = f"experts={experts!r}" if stored is None else f"{path} is quantised already"
+        raise ValueError(f"{given[0]} is for a plain checkpoint and experts='nf4', but {what}: leave it out")
 
 
 def check_kinds(path: str, config: PreTrainedConfig, experts: Kind | None, shared: Kind | None) -> None:
@@ -137,7 +158,12 @@ def check_kinds(path: str, config: PreTrainedConfig, experts: Kind | None, share
 
 
 def load_tensors_into_model(
-    path: str, config: PreTrainedConfig, tensors: dict[str, Any], dtype: torch.dtype | None, options: Any
+    path: str,
+    config: PreTrainedConfig,
+    tensors: dict[str, Any],
+    dtype: torch.dtype | None,
+    options: Any,
+    tokens: Batch | None = None,
 ) -> Any:
     """transformers' own loading, from slices that are read when their turn comes.
 
@@ -145,6 +171,7 @@ def load_tensors_into_model(
         path: for messages.
         tensors: name -> something that gives its tensor when indexed with ``...``.
         options: of ``from_pretrained``; ``quantization_config`` unless the configuration has one.
+        tokens: to round routed experts with error feedback on, of :func:`flex.feedback.together`.
 
     Raises:
         Unsupported, ValueError: as :func:`load`.
@@ -154,6 +181,8 @@ def load_tensors_into_model(
             f"{path}: {type(config).__name__} is not the configuration of a causal language model"
         )
     dtype = dtype or getattr(config, "dtype", None) or first_float(tensors)
+    if tokens is not None:
+        tensors = defer_experts(tensors)
     # Nothing is left to initialise, but what transformers draws for a missing tensor must not move a seed.
     try:
         with torch.random.fork_rng():
@@ -178,6 +207,9 @@ def load_tensors_into_model(
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(f"{path} lacks tensors of {type(model).__name__}: {first_few(missing)}")
+    if tokens is not None:
+        gptq_deferred(model, tokens, model.hf_quantizer.deferred)
+        model.hf_quantizer.deferred = {}
     return model
 
 

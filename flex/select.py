@@ -211,6 +211,17 @@ def checked_batches(batches: Iterable[Batch]) -> Iterable[Batch]:
 
 def prepare(batch: Batch, number: int, body: nn.Module) -> dict[str, Tensor]:
     """A batch as keyword arguments of the model, checked and on its device."""
+    embeddings: Any = body.get_input_embeddings()  # type: ignore[operator]
+    vocabulary, device = embeddings.weight.shape[0], embeddings.weight.device
+    return {key: t.to(device) for key, t in checked_batch(batch, number, vocabulary).items()}
+
+
+def checked_batch(batch: Batch, number: int, vocabulary: int) -> dict[str, Tensor]:
+    """A batch as keyword arguments of a model of so many token ids, each [B, S].
+
+    Raises:
+        TypeError, ValueError: it is of another form; named by its number.
+    """
     where = f"calibration batch {number}"
     inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
     if not isinstance(inputs, Mapping):
@@ -238,12 +249,9 @@ def prepare(batch: Batch, number: int, body: nn.Module) -> dict[str, Tensor]:
     ids = inputs["input_ids"]
     if not ids.numel():
         raise ValueError(f"{where} is empty: input_ids {list(ids.shape)}")
-    embeddings: Any = body.get_input_embeddings()  # type: ignore[operator]
-    vocabulary = embeddings.weight.shape[0]
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise ValueError(
             f"{where}: token ids run from {int(ids.min())} to {int(ids.max())}, "
             f"the vocabulary from 0 to {vocabulary - 1}"
         )
-    device = embeddings.weight.device
-    return {k: (t if t.ndim == 2 else t[None]).to(device) for k, t in inputs.items()}
+    return {k: t if t.ndim == 2 else t[None] for k, t in inputs.items()}

@@ -151,11 +151,7 @@ def load_model(config: Config) -> tuple[Any, Any]:
 
     place = usable_device(config)
     allow_int8_products(config.model.int8_products)
-    path = config.model.path
-    if path == "demo":
-        from flex.moefication import demo_model
-
-        path = str(demo_model())
+    path = config.model.local_path()
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -12,11 +12,10 @@ from tiny_models import ARCHITECTURES, padded, tiny, tokens
 
 import flex
 from flex.block import grafted_blocks
-from flex.feedback import together
+from flex.feedback import together, vocabulary_of
 from flex.models import find_blocks
 from flex.quantized import kind_of
 from flex.select import watch_batches
-from flex.watch import body_of
 from flex_kernels.quantize import quantize
 from flex_kernels.reference import route
 
@@ -70,7 +69,7 @@ def test_the_model_left_is_saved_loaded_and_grafted_as_it_is(architecture, tmp_p
 
 def test_batches_of_other_lengths_with_padding_are_seen_as_they_are():
     mixed = [tokens(2, 9), padded(2, 7), tokens(1, 12)[0]]
-    whole = together(mixed, body_of(tiny("mixtral")))
+    whole = together(mixed, vocabulary_of(tiny("mixtral")))
     assert whole["input_ids"].shape == whole["attention_mask"].shape == (5, 12)
     assert whole["attention_mask"].sum() == 2 * 9 + 2 * 7 - 4 + 12
     seen = []
@@ -86,9 +85,10 @@ def test_batches_of_other_lengths_with_padding_are_seen_as_they_are():
 
 def test_positions_that_some_batches_give_are_counted_for_the_others():
     placed = {"input_ids": tokens(1, 4), "position_ids": torch.arange(4)[None] + 3}
-    whole = together([placed, tokens(1, 6)], body_of(tiny("mixtral")))
+    whole = together([placed, tokens(1, 6)], vocabulary_of(tiny("mixtral")))
     assert whole["position_ids"].tolist() == [[3, 4, 5, 6, 0, 0], [0, 1, 2, 3, 4, 5]]
-    assert "attention_mask" not in together([tokens(2, 4), tokens(1, 4)], body_of(tiny("mixtral")))
+    whole = together([tokens(2, 4), tokens(1, 4)], vocabulary_of(tiny("mixtral")))
+    assert "attention_mask" not in whole
 
 
 def test_the_same_batches_give_the_same_bits_and_others_do_not():

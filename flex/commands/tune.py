@@ -152,12 +152,11 @@ def sizes_of_model(path: str) -> Sizes:
     """
     from transformers import AutoConfig
 
-    if path == "demo":
-        from flex.moefication import demo_model
+    from flex.config import Model
 
-        path = str(demo_model())
+    folder = Model(path=path).local_path()
     try:
-        config = AutoConfig.from_pretrained(path).get_text_config()
+        config = AutoConfig.from_pretrained(folder).get_text_config()
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {path}: its configuration cannot be read: {first_line(error)}") from error
 
