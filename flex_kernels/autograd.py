@@ -12,7 +12,7 @@ An optional tensor that a backend does not produce is returned with zero element
 The ops are defined with ``torch.library``'s parts and not with ``custom_op``, whose wrapper costs the host
 more than the call. Here are their gradients for those who look into a call: tracers see an op with a
 registered gradient, ``torch.func`` a Function of the form it wants. Other calls record the whole layer as one
-node: :mod:`flex_kernels.node`.
+node (:mod:`flex_kernels.node`), and pass the ops by where nobody looks on (:mod:`flex_kernels.calls`).
 """
 
 from __future__ import annotations
@@ -257,16 +257,20 @@ def experts(
     shared_gate_T: Tensor | None,
     mix: str,
     save_preact: bool,
+    keep_order: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y_TH, then the pre-activations of the routed [N, 2I], personal [T, 2Ip] and shared [T, 2Is] experts).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y_TH, the pre-activations of the routed [N, 2I], personal [T, 2Ip] and shared [T, 2Is] experts, the
+    order of the routed rows).
 
     With scales, ``gate_up`` and ``down`` are the codes of :class:`flex_kernels.quantize.Quantized` weights;
     those of the shared expert likewise.
     The routed rows are in expert order (a stable sort of ids). Pre-activations have zero elements unless
-    ``save_preact``; they are outputs only so that the tracer knows of them.
+    ``save_preact``; they are outputs only so that the tracer knows of them. The order is the backend's own
+    (:mod:`flex_kernels.row_order`), and has zero elements where backward is to find it anew: unless
+    ``keep_order``, which no tracer may set, as it does not know how tall a plan's tiles are.
     """
-    return backend_module(backend).experts_forward(
+    *found, order = backend_module(backend).experts_forward(
         x_TH,
         ids_TK,
         weights_TK,
@@ -285,6 +289,7 @@ def experts(
         mix,
         save_preact,
     )
+    return (*found, order if keep_order else order.new_empty(0))
 
 
 @torch.library.register_fake(experts, lib=LIBRARY)
@@ -306,6 +311,7 @@ def _(
     s_gate,
     mix,
     save,
+    keep_order,
     backend,
 ):
     def preact(rows: int, weight: Tensor | None) -> Tensor:
@@ -314,7 +320,8 @@ def _(
         return x_TH.new_empty(rows, weight.shape[-2])
 
     T, K = ids_TK.shape
-    return x_TH.new_empty(x_TH.shape), preact(T * K, gate_up), preact(T, p_gate_up), preact(T, s_gate_up)
+    preacts = preact(T * K, gate_up), preact(T, p_gate_up), preact(T, s_gate_up)
+    return x_TH.new_empty(x_TH.shape), *preacts, ids_TK.new_empty(0)
 
 
 @define
@@ -338,6 +345,7 @@ def experts_backward(
     preact_N2I: Tensor,
     personal_preact_T2I: Tensor,
     shared_preact_T2I: Tensor,
+    order: Tensor,
     mix: str,
     needs: Sequence[bool],
     backend: str,
@@ -365,6 +373,7 @@ def experts_backward(
         preact_N2I,
         personal_preact_T2I,
         shared_preact_T2I,
+        order,
         mix,
         list(needs),
     )
@@ -391,6 +400,7 @@ def _(
     z,
     zp,
     zs,
+    order,
     mix,
     needs,
     backend,
@@ -406,7 +416,7 @@ DIFFERENTIABLE = (0, 2, 3, 4, 7, 8, 9, 10, 11, 14)
 
 
 def experts_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.mix, _, ctx.backend = inputs
+    *tensors, ctx.mix, _, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     # Without this, backward is handed zeros as large as the pre-activations.
@@ -416,7 +426,7 @@ def experts_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def experts_vjp(ctx: Any, grad_y: Tensor, *grad_preacts: Any) -> tuple:
     needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
     grads = experts_backward(grad_y.contiguous(), *ctx.saved_tensors, ctx.mix, needs, ctx.backend)
-    out: list[Tensor | None] = [None] * 18
+    out: list[Tensor | None] = [None] * 19
     for position, needed, grad in zip(DIFFERENTIABLE, needs, grads):
         out[position] = grad if needed else None
     return tuple(out)

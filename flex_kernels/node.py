@@ -9,13 +9,13 @@ gave, which is one kernel and one pass over [T, H] less, and the host has one no
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flex_kernels import autograd
+from flex_kernels.calls import TRACED, Calls, called
 
 
 class Call(NamedTuple):
@@ -100,24 +100,25 @@ TENSORS = SETTINGS.start
 
 
 class Outcome(NamedTuple):
-    """What a call computes: y, the router's logits (or zero rows), its decision, the gates, and the
-    pre-activations of the routed, personal and shared experts (or zero elements)."""
+    """What a call computes: y, the router's logits (or zero rows), its decision, the gates, and for backward
+    the pre-activations of the routed, personal and shared experts and the order of the routed rows (or zero
+    elements)."""
 
     y_TH: Tensor
     logits_TE: Tensor | None
     ids_TK: Tensor
     weights_TK: Tensor
     gates_GT: Tensor
-    preacts: tuple[Tensor, ...]
+    kept: tuple[Tensor, ...]
 
 
-def evaluate(call: Call, route: Callable[..., Any], experts: Callable[..., Any]) -> Outcome:
+def evaluate(call: Call, calls: Calls) -> Outcome:
     """The layer's two steps: the thin products of x, then the feed-forward blocks."""
     gate_weight_GH = call.gate_rows()
     gates_GT, logits_TE = gate_weight_GH, None
     ids_TK, weights_TK = call.ids_TK, call.weights_TK
     if ids_TK is None or gate_weight_GH.shape[0]:
-        found = route(
+        found = calls.route(
             *(call.x_TH, call.router(), call.router_bias_E, gate_weight_GH, call.gate_biases(), call.top_k),
             *(call.normalize, call.score, call.scale, call.want_logits, call.backend),
         )
@@ -128,11 +129,11 @@ def evaluate(call: Call, route: Callable[..., Any], experts: Callable[..., Any])
     assert ids_TK is not None and weights_TK is not None
     personal_gate_T, shared_gate_T = gates_apart(call, gates_GT)
     weights: tuple[Any, ...] = tuple(call)
-    y_TH, *preacts = experts(
+    y_TH, *kept = calls.experts(
         *(call.x_TH, ids_TK, weights_TK, *weights[BEFORE_GATE], personal_gate_T, *weights[BEHIND_GATE]),
-        *(shared_gate_T, call.mix, call.save_preact, call.backend),
+        *(shared_gate_T, call.mix, call.save_preact, calls.keep_order, call.backend),
     )
-    return Outcome(y_TH, logits_TE, ids_TK, weights_TK, gates_GT, tuple(preacts))
+    return Outcome(y_TH, logits_TE, ids_TK, weights_TK, gates_GT, tuple(kept))
 
 
 def gates_apart(call: Call, gates_GT: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -148,7 +149,7 @@ def gates_apart(call: Call, gates_GT: Tensor) -> tuple[Tensor | None, Tensor | N
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
     """(y_TH, logits_TE if wanted) of ``call``, recorded where gradients are on."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        found = evaluate(call, autograd.apply_route, autograd.apply_experts)
+        found = evaluate(call, TRACED)
     elif torch.is_grad_enabled():
         return LayerNode.apply(*call)
     else:
@@ -159,7 +160,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
 def unrecorded(call: Call) -> Outcome:
     """:func:`evaluate`, recording nothing: every call of torch within skips looking whether it should."""
     with torch._C._AutoDispatchBelowAutograd():
-        return evaluate(call, autograd.route, autograd.experts)
+        return evaluate(call, called(call[:TENSORS]))
 
 
 class LayerNode(torch.autograd.Function):
@@ -171,7 +172,7 @@ class LayerNode(torch.autograd.Function):
         found = unrecorded(call)
         ctx.settings = call[SETTINGS]
         decision = (found.ids_TK, found.weights_TK, found.gates_GT)
-        ctx.save_for_backward(*call[:3], *decision, *call[5:TENSORS], *found.preacts)
+        ctx.save_for_backward(*call[:3], *decision, *call[5:TENSORS], *found.kept)
         ctx.decided_here = call.ids_TK is None
         # Without this, backward is handed zeros for logits that nobody asked for.
         ctx.set_materialize_grads(False)
@@ -195,7 +196,8 @@ def layer_vjp(
     """The gradient of every field of the :class:`Call`, None where there is none or none is needed."""
     need: Any = Call(*ctx.needs_input_grad)
     call: Any = Call(*saved[:5], *saved[6 : TENSORS + 1], *ctx.settings)
-    gates_GT, preacts = saved[5], saved[TENSORS + 1 :]
+    gates_GT, kept = saved[5], saved[TENSORS + 1 :]
+    calls = called((grad_y_TH, grad_logits_TE, *saved))
     own, common = call.personal_gate_weight_H, call.shared_gate_weight_H
     need_own = own is not None and (need.x_TH or need.personal_gate_weight_H or need.personal_gate_bias)
     need_common = common is not None and (need.x_TH or need.shared_gate_weight_H)
@@ -206,9 +208,9 @@ def layer_vjp(
     found: tuple = (None,) * len(needs)
     if grad_y_TH is not None:
         personal_gate_T, shared_gate_T = gates_apart(call, gates_GT)
-        found = autograd.experts_backward(
+        found = calls.experts_backward(
             *(grad_y_TH.contiguous(), call.x_TH, call.ids_TK, call.weights_TK, *call[BEFORE_GATE]),
-            *(personal_gate_T, *call[BEHIND_GATE], shared_gate_T, *preacts, call.mix, needs, call.backend),
+            *(personal_gate_T, *call[BEHIND_GATE], shared_gate_T, *kept, call.mix, needs, call.backend),
         )
         found = tuple(grad if needed else None for grad, needed in zip(found, needs))
     dx_TH, dweights_TK, dgate_up, ddown, dpersonal_up, dpersonal_down, dgate_T = found[:7]
@@ -222,7 +224,7 @@ def layer_vjp(
         dgates = [gate_gradient(grad, gates_GT) for grad, gate in opened if gate is not None]
         needs = [need.x_TH, need.router_weight_EH, need.personal_gate_weight_H or need.shared_gate_weight_H]
         needs.append(need.personal_gate_bias)
-        found = autograd.route_backward(
+        found = calls.route_backward(
             torch.zeros_like(weights_TK) if grad_TK is None else grad_TK,
             gates_GT if not dgates else dgates[0] if len(dgates) == 1 else torch.cat(dgates),
             gates_GT.new_empty(0) if grad_logits_TE is None else grad_logits_TE.contiguous(),

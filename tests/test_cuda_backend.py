@@ -131,8 +131,8 @@ def test_more_experts_than_the_kernels_take_go_to_triton(emulation, monkeypatch)
     ids_TK = torch.tensor([[600, 3], [3, 601]], dtype=torch.int32)
     sorted_by = []
     groups = importlib.import_module("flex_kernels.triton.groups")
-    monkeypatch.setattr(groups, "sorted_groups", lambda *args: sorted_by.append(args[1:]))
-    cuda.sorted_groups(ids_TK, 601, 16)
+    monkeypatch.setattr(groups, "sort_rows", lambda *args: sorted_by.append(args[1:]))
+    cuda.sort_rows(ids_TK, 601, 16)
     assert sorted_by == [(601, 16)]
 
 

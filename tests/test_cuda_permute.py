@@ -10,6 +10,8 @@ import torch
 from cuda_emulation import emulation_fixture, host_only_fixture, needs_compiler, survives  # noqa: F401
 from torch import Tensor
 
+from flex_kernels.row_order import part_sizes, parts_of
+
 pytestmark = needs_compiler
 
 # One block, its limit and one past it; several chunks; a length that fills no chunk and no warp.
@@ -113,8 +115,9 @@ def test_tiles_cover_every_expert_and_never_cross_one(emulation, N, block_rows):
     experts = 13
     ids_N = random_ids(N, experts, seed=4, high=experts + 1)
     ids_N[ids_N == 7] = 8
-    found = emulation.kernels.permute_tiles(ids_N, experts, block_rows)
-    assert_sorted(found[:3], ids_N, experts)
+    packed = emulation.kernels.sort_rows(ids_N, experts, block_rows)
+    found = parts_of(packed, part_sizes(N, experts, block_rows))
+    assert_sorted((found.offsets_E1, found.order_N, found.inverse_N), ids_N, experts)
     offsets = found.offsets_E1.tolist()
     want = [(e, row) for e in range(experts) for row in range(offsets[e], offsets[e + 1], block_rows)]
     used = int(found.tile_count_1)

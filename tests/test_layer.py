@@ -255,7 +255,7 @@ def test_torch_finds_nothing_wrong_with_the_ops():
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.flex_kernels.route.default, route, test_utils=checks)
     weights = (random(5, 2), random(4, 12, 8), random(4, 8, 6), None, None, random(12, 8), random(8, 6))
-    experts = (x, ids, *weights, random(5), *(None,) * 5, "add", False, "cpu")
+    experts = (x, ids, *weights, random(5), *(None,) * 5, "add", False, False, "cpu")
     torch.library.opcheck(torch.ops.flex_kernels.experts.default, experts)
 
 
@@ -269,7 +269,7 @@ def test_calls_with_and_without_a_graph_agree_with_the_op_itself():
     routed = replace(case, router=Routed(ids, weights))
     op = torch.ops.flex_kernels.experts.default
     found = []
-    for y in (op(*tensors, *(None,) * 10, "add", False, "cpu")[0], layer(routed, save="recompute")):
+    for y in (op(*tensors, *(None,) * 10, "add", False, True, "cpu")[0], layer(routed, save="recompute")):
         found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     with torch.no_grad():
         found.append([layer(routed)])

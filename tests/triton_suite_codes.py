@@ -175,7 +175,7 @@ def test_no_buffer_ever_holds_all_experts(way, monkeypatch):
         flex_moe(case.x_TH, Routed(ids, weights), case.experts, backend="triton")
         experts_backward(
             *(torch.ones_like(case.x_TH), case.x_TH, ids, weights, gate_up.codes, down.codes),
-            *(gate_up.scales, down.scales, *(None,) * 8, none, none, none),
+            *(gate_up.scales, down.scales, *(None,) * 8, none, none, none, none.int()),
             *("add", needs),
         )
     bound = codes.STAGED_BYTES // 4 if way == "ahead" else 3 * 2 * 64

@@ -4,6 +4,7 @@ On a machine with a GPU the kernels are compiled and run there; elsewhere Triton
 the CPU. It multiplies bfloat16 wrongly, so that type is left to the GPU.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from cases import LargestTensor, assert_close, make_case, with_fixed_routing
 from triton_device import DEVICE, DTYPES, poisoned_memory, to_device
 
 from flex_kernels import FlexMoE, Routed, backends, checkpoint_contexts, flex_moe
-from flex_kernels.triton import experts_backward
+from flex_kernels.triton import experts, experts_backward, tiles
 
 pytestmark = pytest.mark.usefixtures(poisoned_memory.__name__)
 __all__ = ["poisoned_memory"]
@@ -25,6 +26,11 @@ def run(case, **options):
     named = case.tensors()
     grads = torch.autograd.grad(y, list(named.values()), dy.to(y.device, y.dtype))
     return {"y": y.detach()} | {f"d {n}": g for n, g in zip(named, grads)}
+
+
+def run_forward(case, backend="triton", **options):
+    parts = case.router, case.experts, case.personal, case.shared
+    return flex_moe(case.x_TH, *parts, backend=backend, **options)
 
 
 def agree(case, mix="add", multiple=3.0, **options):
@@ -146,7 +152,7 @@ def test_frozen_experts_get_no_buffer_of_their_size(train):
     with LargestTensor() as seen:
         experts_backward(
             *(torch.ones_like(case.x_TH), case.x_TH, ids, weights, case.experts.gate_up, case.experts.down),
-            *(*(None,) * 10, none, none, none, "add", needs),
+            *(*(None,) * 10, none, none, none, none.int(), "add", needs),
         )
     assert (seen.numel >= case.experts.gate_up.numel()) == train
 
@@ -192,6 +198,34 @@ def test_a_checkpointed_layer_has_the_same_gradients():
         context_fn=checkpoint_contexts,
     )
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(y.sum(), leaves), plain))
+
+
+@pytest.mark.parametrize("looked_at", ["first pass", "replay"])
+def test_a_replay_keeps_what_the_first_pass_did_whichever_is_looked_at(looked_at):
+    """A mode sends a pass through the ops; a checkpoint compares what the two passes saved."""
+    case = to_device(make_case(T=9))
+    x_TH = case.x_TH.detach().requires_grad_()
+
+    def layer(x_TH):
+        return run_forward(replace(case, x_TH=x_TH))
+
+    with LargestTensor() if looked_at == "first pass" else nullcontext():
+        y = torch.utils.checkpoint.checkpoint(layer, x_TH, use_reentrant=False)
+    with LargestTensor() if looked_at == "replay" else nullcontext():
+        (got,) = torch.autograd.grad(y.sum(), x_TH)
+    assert torch.equal(got, torch.autograd.grad(layer(x_TH).sum(), x_TH)[0])
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+def test_a_plan_of_other_tiles_since_the_forward_pass_has_its_own_table(rows, monkeypatch):
+    case = to_device(make_case(T=70, E=3, K=2, shared="none")).requiring()
+    exact = case.to(torch.float64).requiring()
+    want = torch.autograd.grad(run_forward(exact, backend="reference").sum(), list(exact.tensors().values()))
+    y = run_forward(case)
+    monkeypatch.setattr(experts, "plan_for", lambda *_: tiles.FLOAT32[rows])
+    found = torch.autograd.grad(y.sum(), list(case.tensors().values()))
+    for name, got, exactly in zip(case.tensors(), found, want, strict=True):
+        assert relative_distance(got, exactly) < 2e-6, name
 
 
 def test_backends_says_what_runs_the_kernels():

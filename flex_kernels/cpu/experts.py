@@ -53,8 +53,8 @@ def experts_forward(
     shared_gate_T: Tensor | None,
     mix: str,
     save_preact: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y_TH, routed [N, 2I], personal [T, 2Ip] and shared [T, 2Is] pre-activations); see
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y_TH, routed [N, 2I], personal [T, 2Ip] and shared [T, 2Is] pre-activations, no order); see
     ``autograd.experts``.
     """
     ops.warn_if_missing()
@@ -82,7 +82,7 @@ def experts_forward(
     sum_TH = ops.kernels.empty(*x_TH.shape, dtype=torch.float32).zero_()
     engine = fused if fused.serves(groups) else blocks
     engine.forward(x_TH, groups, sum_TH)
-    return sum_TH.to(x_TH.dtype), *preacts
+    return sum_TH.to(x_TH.dtype), *preacts, ids_TK.new_empty(0)
 
 
 def experts_backward(
@@ -105,6 +105,7 @@ def experts_backward(
     preact_N2I: Tensor,
     personal_preact_T2I: Tensor,
     shared_preact_T2I: Tensor,
+    order: Tensor,
     mix: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:

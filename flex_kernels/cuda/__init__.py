@@ -100,18 +100,15 @@ def route(
     return kernels.route(*args)
 
 
-def sorted_groups(ids_TK: Tensor, experts: int, block_m: int) -> tuple[Any, Tensor]:
-    """(groups, inverse_TK) of :func:`flex_kernels.triton.groups.sorted_groups`, tile table included."""
-    from flex_kernels.triton import groups
-
+def sort_rows(ids_TK: Tensor, experts: int, block_m: int) -> Tensor:
+    """As :func:`flex_kernels.triton.groups.sort_rows`, tile table included."""
     kernels = ops.kernels()
     if experts > kernels.native.MAX_EXPERTS:
+        from flex_kernels.triton import groups
+
         known_TK = ids_TK.clamp(-1, experts).remainder(experts + 1)
-        return groups.sorted_groups(known_TK, experts, block_m)
-    found = kernels.permute_tiles(ids_TK, experts, block_m)
-    rows, bound = ids_TK.numel(), groups.tile_bound(ids_TK.numel(), experts, block_m)
-    tables = found.order_N, found.offsets_E1, found.tile_expert_M, found.tile_row_M, found.tile_count_1
-    return groups.Groups(rows, ids_TK.shape[1], block_m, bound, *tables), found.inverse_N.view_as(ids_TK)
+        return groups.sort_rows(known_TK, experts, block_m)
+    return kernels.sort_rows(ids_TK, experts, block_m)
 
 
 @cache
@@ -127,7 +124,7 @@ def helpers() -> Any:
     """The pieces of the Triton backend that these kernels replace."""
     from flex_kernels.triton.experts import Helpers
 
-    return Helpers(sort=sorted_groups, combine=ops.combine)
+    return Helpers(sort=sort_rows, combine=ops.combine)
 
 
 def route_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -135,8 +132,8 @@ def route_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return products().route_backward(*args)
 
 
-def experts_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`flex_kernels.autograd.experts`, less its last argument."""
+def experts_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`flex_kernels.autograd.experts`, less its last two arguments."""
     return products().experts_forward(*args, helpers=helpers())
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import importlib
 from functools import lru_cache
+from itertools import accumulate
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from flex_kernels.row_order import part_sizes, parts_of
 
 # The product is fused into the routing kernel up to this many tokens, while all its rows stay below this many
 # bytes: each token reads them all from L2. Both are estimates, to be set by measurement.
@@ -31,26 +33,6 @@ PARTS = 3
 MAX_GATES = 32
 
 
-class Permutation(NamedTuple):
-    """The stable sort of T*K slots by expert, all int32.
-
-    Attributes:
-        offsets_E1: rows of expert e are offsets[e] .. offsets[e+1]; offsets[E] counts the real rows.
-        order_N: order[n] = t*K + k, the slot whose row is the n-th in expert order; -1 past offsets[E].
-        inverse_N: inverse[t*K + k] = n, or -1 for a slot that is skipped.
-        tile_expert_M: the expert of each tile of ``block_rows`` rows, -1 past the last; None without tiles.
-        tile_row_M: the first row of each tile, 0 past the last.
-        tile_count_1: how many of the M = N // block_rows + min(E, N) tiles are used.
-    """
-
-    offsets_E1: Tensor
-    order_N: Tensor
-    inverse_N: Tensor
-    tile_expert_M: Tensor | None = None
-    tile_row_M: Tensor | None = None
-    tile_count_1: Tensor | None = None
-
-
 def current_stream(device_index: int) -> int:
     """The stream as an integer, without the object around it that torch.cuda.current_stream makes."""
     return torch._C._cuda_getCurrentRawStream(device_index)
@@ -58,6 +40,12 @@ def current_stream(device_index: int) -> int:
 
 def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
+
+
+def part_addresses(packed: Tensor, sizes: tuple[int, ...]) -> list[int]:
+    """Where the parts of an int32 array begin."""
+    first = packed.data_ptr()
+    return [first + 4 * before for before in accumulate(sizes[:-1], initial=0)]
 
 
 class RoutingKernels:
@@ -249,16 +237,21 @@ class RoutingKernels:
         return product_float32(x_TH, rows_RH), parts, PARTS, part_scale
 
     def permute(self, ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(offsets_E1, order_N, inverse_N) of :class:`Permutation`."""
-        return self.permute_tiles(ids_TK, experts, 0)[:3]
+        """(offsets_E1, order_N, inverse_N) of :class:`flex_kernels.row_order.RowOrder`."""
+        found = parts_of(self.sort_rows(ids_TK, experts, 0), part_sizes(ids_TK.numel(), experts, 0))
+        return found.offsets_E1, found.order_N, found.inverse_N
 
-    def permute_tiles(self, ids_TK: Tensor, experts: int, block_rows: int) -> Permutation:
+    def sort_rows(self, ids_TK: Tensor, experts: int, block_rows: int) -> Tensor:
         """Stable sort of the slots by expert, and with ``block_rows`` > 0 the table of row tiles.
 
         Args:
             ids_TK: int32, contiguous, any shape; an id outside [0, experts) marks a slot to skip.
             experts: E, from 1 to 512.
             block_rows: rows a tile, or 0 for no table.
+
+        Returns:
+            A :class:`flex_kernels.row_order.RowOrder` in one piece. ``order`` is -1 past offsets[E]; unused
+            tiles have expert -1 and row 0.
 
         One launch up to 2048 slots, two above. Deterministic.
 
@@ -273,15 +266,13 @@ class RoutingKernels:
             raise ValueError(f"ids holds {N} slots; rows are numbered in int32: split the batch")
         if block_rows < 0:
             raise ValueError(f"block_rows={block_rows} is negative")
-        tiles = N // block_rows + min(experts, N) if block_rows else 0
-        counts = self.native.permute_chunks(N) * (experts + 1)
-        held = max(tiles, 1) if block_rows else 0
-        sizes = (N, N, held, held, experts + 1, int(block_rows > 0), counts)
-        # One allocation: each costs the host as much as the kernel costs the device when tokens are few.
-        buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-        # Not Tensor.split, whose Python takes as long as the kernel.
-        parts = torch.split_with_sizes(buffer, sizes)
-        order_N, inverse_N, tile_expert_M, tile_row_M, offsets_E1, tile_count_1, counts_CE1 = parts
+        sizes = part_sizes(N, experts, block_rows)
+        packed = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+        order, inverse, tile_expert, tile_row, offsets, tile_count = part_addresses(packed, sizes)
+        chunks = self.native.permute_chunks(N)
+        counts_CE1 = None
+        if chunks:
+            counts_CE1 = torch.empty(chunks * (experts + 1), dtype=torch.int32, device=device)
         self.launch(
             "permute",
             device,
@@ -289,18 +280,14 @@ class RoutingKernels:
             N,
             experts,
             address(counts_CE1),
-            address(offsets_E1),
-            address(order_N),
-            address(inverse_N),
-            *(address(t) if block_rows else 0 for t in (tile_expert_M, tile_row_M, tile_count_1)),
-            tiles,
+            offsets,
+            order,
+            inverse,
+            *((tile_expert, tile_row, tile_count) if block_rows else (0, 0, 0)),
+            sizes[2],
             block_rows,
         )
-        if not block_rows:
-            return Permutation(offsets_E1, order_N, inverse_N)
-        if held != tiles:
-            tile_expert_M, tile_row_M = tile_expert_M[:tiles], tile_row_M[:tiles]
-        return Permutation(offsets_E1, order_N, inverse_N, tile_expert_M, tile_row_M, tile_count_1)
+        return packed
 
     def combine(
         self,

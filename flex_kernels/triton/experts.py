@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from flex_kernels.quantize import Quantized
+from flex_kernels.row_order import part_sizes
 from flex_kernels.triton.codes import Weights, decodable
 from flex_kernels.triton.combine import combine
 from flex_kernels.triton.down_backward import down_backward
 from flex_kernels.triton.grouped_gemm import grouped_gemm
-from flex_kernels.triton.groups import Groups, dense, sorted_groups
+from flex_kernels.triton.groups import Groups, dense, sort_rows, sorted_groups
 from flex_kernels.triton.score_grads import score_grads
 from flex_kernels.triton.tiles import Plan
 from flex_kernels.triton.tune import plan_for, weights_text
@@ -35,13 +36,13 @@ class Helpers:
     """What another backend may put in place of this one's own: sorting the slots, and the last pass.
 
     Attributes:
-        sort: (ids_TK int32 contiguous, E, rows a tile) -> (groups, inverse_TK), as
-            :func:`groups.sorted_groups`.
+        sort: (ids_TK int32 contiguous, E, rows a tile) -> a RowOrder in one piece, as
+            :func:`groups.sort_rows`.
         combine: (y_NH, inverse_TK, weights_TK, personal_TH, gate_T, shared_TH, shared_gate_T, mix) -> [T, H],
             as :func:`combine.combine`; every argument from weights_TK to shared_gate_T may be None.
     """
 
-    sort: Callable[[Tensor, int, int], tuple[Groups, Tensor]] = sorted_groups
+    sort: Callable[[Tensor, int, int], Tensor] = sort_rows
     combine: Callable[..., Tensor] = combine
 
 
@@ -71,15 +72,22 @@ def routed_block(
     gate_up_scales: Tensor | None,
     down_scales: Tensor | None,
     helpers: Helpers,
-) -> tuple[Block, Tensor]:
-    """(the routed experts with their rows, the row of each slot)."""
+    known: Tensor | None = None,
+) -> tuple[Block, Tensor, Tensor]:
+    """(the routed experts with their rows, the row of each slot, the order of the rows in one piece).
+
+    ``known`` is the order that an earlier call gave for the same ids; it is found anew where there is none,
+    or where it is for tiles of another height: a plan may have been tuned since.
+    """
     E, two_I, _ = gate_up.shape
     (T, K), H, I = ids_TK.shape, x_TH.shape[1], two_I // 2
     gate_up_E2IH, down_EHI = weights_of(gate_up, gate_up_scales, H), weights_of(down, down_scales, I)
     stored = plan_for(x_TH.device, x_TH.dtype, H, I, E, K, T, weights_text(gate_up_E2IH, down_EHI))
     plan = decodable(stored, (gate_up_E2IH, down_EHI), x_TH)
-    groups, inverse_TK = helpers.sort(ids_TK.contiguous(), E, plan.m)
-    return Block(gate_up_E2IH, down_EHI, groups, plan), inverse_TK
+    if known is None or known.numel() != sum(part_sizes(T * K, E, plan.m)):
+        known = helpers.sort(ids_TK.contiguous(), E, plan.m)
+    groups, inverse_TK = sorted_groups(known, ids_TK, E, plan.m)
+    return Block(gate_up_E2IH, down_EHI, groups, plan), inverse_TK, known
 
 
 def dense_block(
@@ -135,8 +143,8 @@ def experts_forward(
     mix: str,
     save_preact: bool,
     helpers: Helpers = TRITON,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y_TH, pre-activations routed [N, 2I], personal [T, 2Ip], shared [T, 2Is]).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y_TH, pre-activations routed [N, 2I], personal [T, 2Ip], shared [T, 2Is], the order of the rows).
 
     Arguments as in :func:`flex_kernels.autograd.experts`; ``helpers`` is the seam for other backends.
     """
@@ -147,9 +155,9 @@ def experts_forward(
             for w in (gate_up_E2IH, personal_gate_up_2IH, shared_gate_up_2IH)
         ]
         z, zp, zs = (x_TH.new_empty((0, w) if save_preact and w is not None else (0,)) for w in widths)
-        return torch.empty_like(x_TH), z, zp, zs
+        return torch.empty_like(x_TH), z, zp, zs, ids_TK.new_empty(0)
     with torch.cuda.device_of(x_TH):
-        routed, inverse_TK = routed_block(
+        routed, inverse_TK, order = routed_block(
             x_TH, ids_TK, gate_up_E2IH, down_EHI, gate_up_scales, down_scales, helpers
         )
         y_NH, preact_N2I = block_forward(x_TH, routed, save_preact)
@@ -171,7 +179,7 @@ def experts_forward(
             shared_gate_T,
             mix,
         )
-    return y_TH, preact_N2I, personal_preact, shared_preact
+    return y_TH, preact_N2I, personal_preact, shared_preact, order
 
 
 class BlockNeeds(NamedTuple):
@@ -267,6 +275,7 @@ def experts_backward(
     preact_N2I: Tensor,
     personal_preact_T2I: Tensor,
     shared_preact_T2I: Tensor,
+    order: Tensor,
     mix: str,
     needs: list[bool],
     helpers: Helpers = TRITON,
@@ -285,8 +294,8 @@ def experts_backward(
     damp_T = gate_T if convex else None
     with torch.cuda.device_of(x_TH):
         weights_TK = weights_TK.contiguous()
-        block, inverse_TK = routed_block(
-            x_TH, ids_TK, gate_up_E2IH, down_EHI, gate_up_scales, down_scales, helpers
+        block, inverse_TK, _ = routed_block(
+            x_TH, ids_TK, gate_up_E2IH, down_EHI, gate_up_scales, down_scales, helpers, order
         )
         routed = block_backward(
             grad_y_TH,

@@ -13,23 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flex_kernels.row_order import part_sizes, parts_of, tile_bound
 from flex_kernels.triton.direct import launch
 from flex_kernels.triton.tiles import ceil_div, next_power_of_2
-
-
-def permute(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(offsets_E1, order_N, inverse_N), all int32: a stable sort of the slots by expert, in plain torch.
-
-    Slots whose id is ``experts`` are skipped: they come last in ``order``, past offsets[E], and have inverse
-    -1.
-    """
-    flat_N = ids_TK.reshape(-1)
-    sorted_N, order_N = flat_N.sort(stable=True)
-    bounds_E1 = torch.arange(experts + 1, dtype=flat_N.dtype, device=flat_N.device)
-    offsets_E1 = torch.searchsorted(sorted_N, bounds_E1, out_int32=True)
-    rank_N = torch.arange(flat_N.numel(), dtype=torch.int32, device=flat_N.device)
-    inverse_N = torch.empty_like(rank_N).scatter_(0, order_N, torch.where(sorted_N < experts, rank_N, -1))
-    return offsets_E1, order_N.int(), inverse_N
 
 
 # A part of the experts starts anywhere in the offsets, and the rows of the table where the tiles' bound puts
@@ -107,24 +93,45 @@ class Groups(NamedTuple):
         return grouped(self.offsets_E1[first : end + 1], self.order_N, self.slots, self.block_m)
 
 
-def sorted_groups(ids_TK: Tensor, experts: int, block_m: int) -> tuple[Groups, Tensor]:
-    """(the routed rows in expert order, inverse_TK): :func:`permute`, then :func:`grouped`.
+def permute(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(offsets_E1, order_N, inverse_N) of :class:`flex_kernels.row_order.RowOrder`."""
+    found = parts_of(sort_rows(ids_TK, experts, 0), part_sizes(ids_TK.numel(), experts, 0))
+    return found.offsets_E1, found.order_N, found.inverse_N
+
+
+def sort_rows(ids_TK: Tensor, experts: int, block_m: int) -> Tensor:
+    """The slots sorted by expert, stably, and the table of their tiles: a
+    :class:`flex_kernels.row_order.RowOrder` in one piece. The sort is plain torch.
 
     Args:
-        ids_TK: int32, contiguous; ``experts`` marks a slot to skip.
+        ids_TK: int32, contiguous; ``experts`` marks a slot to skip, whose place is past offsets[E].
+        block_m: rows a tile, or 0 for no table.
     """
-    offsets_E1, order_N, inverse_N = permute(ids_TK, experts)
-    return grouped(offsets_E1, order_N, ids_TK.shape[1], block_m), inverse_N.view_as(ids_TK)
+    flat_N, sizes = ids_TK.reshape(-1), part_sizes(ids_TK.numel(), experts, block_m)
+    packed = torch.empty(sum(sizes), dtype=torch.int32, device=flat_N.device)
+    parts = parts_of(packed, sizes)
+    sorted_N, order_N = flat_N.sort(stable=True)
+    parts.order_N.copy_(order_N)
+    bounds_E1 = torch.arange(experts + 1, dtype=flat_N.dtype, device=flat_N.device)
+    torch.searchsorted(sorted_N, bounds_E1, out_int32=True, out=parts.offsets_E1)
+    rank_N = torch.arange(flat_N.numel(), dtype=torch.int32, device=flat_N.device)
+    parts.inverse_N.scatter_(0, order_N, torch.where(sorted_N < experts, rank_N, -1))
+    if block_m:
+        write_tiles(parts.offsets_E1, block_m, parts.tile_expert_M, parts.tile_row_M, parts.tile_count_1)
+    return packed
+
+
+def sorted_groups(packed: Tensor, ids_TK: Tensor, experts: int, block_m: int) -> tuple[Groups, Tensor]:
+    """(the routed rows in expert order, inverse_TK) of what :func:`sort_rows` found for ``ids_TK``."""
+    sizes = part_sizes(ids_TK.numel(), experts, block_m)
+    order_N, inverse_N, tile_expert_M, tile_row_M, offsets_E1, tile_count_1 = parts_of(packed, sizes)
+    tables = order_N, offsets_E1, tile_expert_M, tile_row_M, tile_count_1
+    return Groups(sizes[0], ids_TK.shape[1], block_m, sizes[2], *tables), inverse_N.view_as(ids_TK)
 
 
 def dense(tokens: int, block_m: int) -> Groups:
     """One expert that owns every token."""
     return Groups(tokens, 1, block_m, ceil_div(tokens, block_m))
-
-
-def tile_bound(rows: int, experts: int, block_m: int) -> int:
-    """At least the number of row tiles, however the rows are divided: an expert wastes less than one tile."""
-    return rows // block_m + min(experts, rows)
 
 
 def grouped(offsets_E1: Tensor, order_N: Tensor, slots: int, block_m: int) -> Groups:
@@ -133,11 +140,20 @@ def grouped(offsets_E1: Tensor, order_N: Tensor, slots: int, block_m: int) -> Gr
     bound = tile_bound(N, E, block_m)
     table_2M = torch.empty(2, bound, dtype=torch.int32, device=order_N.device)
     tile_count_1 = torch.empty(1, dtype=torch.int32, device=order_N.device)
+    write_tiles(offsets_E1, block_m, table_2M[0], table_2M[1], tile_count_1)
+    return Groups(N, slots, block_m, bound, order_N, offsets_E1, table_2M[0], table_2M[1], tile_count_1)
+
+
+def write_tiles(
+    offsets_E1: Tensor, block_m: int, tile_expert_M: Tensor, tile_row_M: Tensor, tile_count_1: Tensor
+) -> None:
+    """Fill the table of row tiles and their number."""
+    E = offsets_E1.numel() - 1
     launch(
         tile_table_kernel,
-        order_N.device,
+        offsets_E1.device,
         (E, 1),
-        (offsets_E1, table_2M[0], table_2M[1], tile_count_1),
+        (offsets_E1, tile_expert_M, tile_row_M, tile_count_1),
         (),
         (),
         E=E,
@@ -146,4 +162,3 @@ def grouped(offsets_E1: Tensor, order_N: Tensor, slots: int, block_m: int) -> Gr
         LANES=128,
         num_warps=4,
     )
-    return Groups(N, slots, block_m, bound, order_N, offsets_E1, table_2M[0], table_2M[1], tile_count_1)
