@@ -6,7 +6,7 @@ the checkpoint's layout. It is handed objects that only note what it does with t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -71,16 +71,18 @@ def given(value: Any, instead: Callable[[Deferred], Tensor]) -> Any:
     return value
 
 
-def defer_experts(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def defer_experts(tensors: Mapping[str, Any], stored: Iterable[str]) -> dict[str, Any]:
     """``tensors`` of a checkpoint, those of routed experts as :class:`Deferred`.
 
     Args:
         tensors: name -> a safetensors slice.
+        stored: what the names of a routed expert's tensors have in them, any one of these.
 
     Raises:
         ValueError: a routed expert's tensor is of no float type that can be rounded; names it.
     """
-    return {name: defer(name, held) if ".experts." in name else held for name, held in tensors.items()}
+    named = {name for name in tensors if any(part in name for part in stored)}
+    return {name: defer(name, held) if name in named else held for name, held in tensors.items()}
 
 
 def defer(name: str, held: Any) -> Deferred:

@@ -28,6 +28,7 @@ from flex.memory import give_back_freed
 from flex.models import Adapter, find_blocks
 from flex.quantized import WEIGHTS, check_can_become, hold, kind_of
 from flex.select import Batch, checked_batch, checked_batches, watch_batches
+from flex.shards import first_few
 from flex.watch import body_of
 from flex_kernels import Experts, Router
 from flex_kernels.modules import QuantizedWeight
@@ -87,6 +88,9 @@ def gptq_deferred(model: nn.Module, tokens: Batch, deferred: Mapping[str, Deferr
         ValueError: a weight, or what a layer's experts see, is not finite; names the layer. No use can be
             made of the model then.
     """
+    absent = {f"{name}.experts.{part}" for name in find_blocks(model) for part in WEIGHTS} - deferred.keys()
+    if absent:
+        raise ValueError(f"not deferred, but rounded while they were read: {first_few(sorted(absent))}")
 
     def read(name: str) -> Experts:
         experts = Experts(*(deferred[f"{name}.experts.{part}"].read() for part in WEIGHTS))

@@ -118,7 +118,7 @@ def graft(
     scores experts in float32).
 
     Args:
-        model: a supported architecture (Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V2 and V3).
+        model: of a supported architecture (``flex.models.ADAPTERS``).
         calibration: batches of the client's tokens for :func:`flex.select_experts`; or give ``start``.
             The experts are chosen before they are quantised: the question is which of them reproduces the
             pretrained layer, and rounding should not answer it. A model whose experts were loaded quantised

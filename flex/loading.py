@@ -182,7 +182,8 @@ def load_tensors_into_model(
         )
     dtype = dtype or getattr(config, "dtype", None) or first_float(tensors)
     if tokens is not None:
-        tensors = defer_experts(tensors)
+        adapter = next((a for a in ADAPTERS if a.architecture == config.model_type), None)
+        tensors = defer_experts(tensors, () if adapter is None else adapter.stored)
     # Nothing is left to initialise, but what transformers draws for a missing tensor must not move a seed.
     try:
         with torch.random.fork_rng():

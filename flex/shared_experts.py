@@ -59,7 +59,7 @@ class QuantizedMLP(nn.Module):
 
 def shared_modules(blocks: Mapping[str, tuple[nn.Module, Any]]) -> dict[str, nn.Module]:
     """Of each block, name -> (block, adapter), the module of its shared expert, where it has one."""
-    return {n: adapter.part(b, adapter.shared) for n, (b, adapter) in blocks.items() if adapter.shared}
+    return {n: a.part(b, a.shared) for n, (b, a) in blocks.items() if a.has_shared(b)}
 
 
 def shared_kind_of(modules: Iterable[nn.Module]) -> Kind | None:

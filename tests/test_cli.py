@@ -350,6 +350,7 @@ def test_a_dense_model_cannot_be_tuned_for(tmp_path, capsys):
         ("OlmoeConfig", {"hidden_size": 2048, "intermediate_size": 1024}, (2048, 1024, 64, 8, 0)),
         ("DeepseekV2Config", {"n_routed_experts": 64, "num_experts_per_tok": 6}, (4096, 1407, 64, 6, 2814)),
         ("Qwen3MoeConfig", {}, (2048, 768, 128, 8, 0)),
+        ("Ernie4_5_MoeConfig", {}, (2560, 1536, 64, 6, 3072)),
     ],
 )
 def test_the_sizes_of_a_layer_are_read_from_the_models_configuration(name, settings, want, tmp_path):

@@ -14,6 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import flex
 from flex.experts_implementation import NAME, experts_forward, register
+from flex.models import find_blocks
 from flex.models import Unsupported
 
 
@@ -26,7 +27,8 @@ def logits_and_gradients(model, dtype):
     cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(
         dtype
     )
-    router = model.model.layers[1].mlp.gate.weight
+    *_, (block, adapter) = find_blocks(model).values()
+    router = adapter.gate(block).weight
     d_embeddings, d_router = torch.autograd.grad((logits * cotangent)[keep].sum(), (embeddings, router))
     return logits[keep].detach(), d_embeddings[keep], d_router
 

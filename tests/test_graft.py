@@ -103,7 +103,7 @@ def test_base_weights_keep_their_names_values_and_are_frozen(architecture, perso
     after = model.state_dict()
     assert all(torch.equal(after[n], t) for n, t in before.items())
     added = set(after) - set(before)
-    assert all(".mlp.personal." in n for n in added) and bool(added) == (personal is not None)
+    assert all(".personal." in n for n in added) and bool(added) == (personal is not None)
     parameters = dict(model.named_parameters())
     for n in before.keys() & parameters.keys():
         assert not parameters[n].requires_grad

@@ -22,7 +22,12 @@ EXPECTED_ROUTERS = {
     "olmoe": (3, False, "softmax", 1.0),
     "deepseek_v2": (3, False, "softmax", 1.7),
     "deepseek_v3": (3, True, "sigmoid", 1.7),
+    "glm4_moe": (3, True, "sigmoid", 1.7),
+    "ernie4_5_moe": (3, True, "softmax", 1.0),
+    "granitemoe": (2, True, "softmax", 1.0),
+    "flex_olmo": (3, False, "softmax", 1.0),
 }
+BIASED = ("deepseek_v3", "glm4_moe", "ernie4_5_moe")
 
 
 @pytest.mark.parametrize("architecture", EXPECTED_ROUTERS)
@@ -30,26 +35,28 @@ def test_an_adapter_reads_the_settings_of_its_router(architecture):
     for block, adapter in find_blocks(tiny(architecture)).values():
         router = adapter.router(block)
         assert (router.top_k, router.normalize, router.score, router.scale) == EXPECTED_ROUTERS[architecture]
-        assert router.weight is block.gate.weight
-        assert (router.bias is not None) == (architecture == "deepseek_v3")
+        assert router.weight is adapter.gate(block).weight
+        assert (router.bias is not None) == (architecture in BIASED)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_dense_layers_of_a_model_are_not_taken_for_moe_blocks(architecture):
     names = list(find_blocks(tiny(architecture)))
-    first = 1 if architecture.startswith("deepseek") else 0
-    assert names == [f"model.layers.{i}.mlp" for i in range(first, 2)]
+    first = 1 if architecture.startswith(("deepseek", "glm4", "dots1", "ernie")) else 0
+    block = "block_sparse_moe" if architecture.startswith("granite") else "mlp"
+    assert names == [f"model.layers.{i}.{block}" for i in range(first, 2)]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_weights_at_the_chosen_ids_are_those_of_the_models_own_router(architecture):
     (block, adapter), *_ = find_blocks(tiny(architecture)).values()
     x_TH = torch.randn(11, 32, generator=torch.Generator().manual_seed(3))
-    logits_TE, weights_TK, ids_TK = block.gate(x_TH)
+    logits_TE, ids_TK = adapter.decide(block, x_TH)
+    weights_TK = adapter.gate(block)(x_TH)[1]
     torch.testing.assert_close(weights_at(logits_TE, ids_TK, adapter.router(block)), weights_TK)
 
 
-@pytest.mark.parametrize("architecture", ["deepseek_v2_groups", "deepseek_v3_groups"])
+@pytest.mark.parametrize("architecture", ["deepseek_v2_groups", "deepseek_v3_groups", "dots1_groups"])
 def test_group_limited_routing_differs_from_the_plain_choice_and_is_left_to_the_model(architecture):
     (block, adapter), *_ = find_blocks(tiny(architecture)).values()
     x_TH = torch.randn(64, 32, generator=torch.Generator().manual_seed(3))

@@ -11,6 +11,18 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Dots1Config,
+    Dots1ForCausalLM,
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
+    FlexOlmoConfig,
+    FlexOlmoForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    GraniteMoeSharedConfig,
+    GraniteMoeSharedForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -49,6 +61,23 @@ DEEPSEEK = COMMON | dict(
     v_head_dim=8,
     routed_scaling_factor=1.7,
 )
+# DeepSeek-V3's block on plain attention.
+GROUPED = COMMON | dict(
+    intermediate_size=40,
+    moe_intermediate_size=24,
+    n_routed_experts=8,
+    n_shared_experts=2,
+    num_experts_per_tok=3,
+    first_k_dense_replace=1,
+    head_dim=8,
+    n_group=1,
+    topk_group=1,
+    norm_topk_prob=True,
+    routed_scaling_factor=1.7,
+)
+GRANITE = COMMON | dict(
+    intermediate_size=28, num_local_experts=6, num_experts_per_tok=2, residual_multiplier=0.7
+)
 QWEN = COMMON | dict(moe_intermediate_size=24, num_experts=6, num_experts_per_tok=3)
 BUILDERS = {
     "mixtral": (
@@ -79,6 +108,32 @@ BUILDERS = {
         DeepseekV3Config,
         DEEPSEEK | dict(q_lora_rank=16, n_group=4, topk_group=2),
     ),
+    "glm4_moe": (Glm4MoeForCausalLM, Glm4MoeConfig, GROUPED),
+    "dots1_groups": (Dots1ForCausalLM, Dots1Config, GROUPED | dict(n_group=4, topk_group=2)),
+    "ernie4_5_moe": (
+        Ernie4_5_MoeForCausalLM,
+        Ernie4_5_MoeConfig,
+        COMMON
+        | dict(
+            intermediate_size=40,
+            moe_intermediate_size=24,
+            moe_num_experts=6,
+            moe_k=3,
+            moe_num_shared_experts=2,
+            moe_layer_start_index=1,
+        ),
+    ),
+    "granitemoe": (GraniteMoeForCausalLM, GraniteMoeConfig, GRANITE),
+    "granitemoeshared": (
+        GraniteMoeSharedForCausalLM,
+        GraniteMoeSharedConfig,
+        GRANITE | dict(shared_intermediate_size=20),
+    ),
+    "flex_olmo": (
+        FlexOlmoForCausalLM,
+        FlexOlmoConfig,
+        COMMON | dict(intermediate_size=24, num_experts=6, num_experts_per_tok=3),
+    ),
 }
 ARCHITECTURES = tuple(BUILDERS)
 
@@ -89,10 +144,10 @@ def tiny(architecture: str, seed: int = 0, **overrides) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = model_class(config_class(**(settings | overrides))).eval()
     model.set_experts_implementation("eager")
-    for name, buffer in model.named_buffers():
+    for name, bias in (*model.named_buffers(), *model.named_parameters()):
         if name.endswith("e_score_correction_bias"):
             # Zero in a new model; trained models choose by it.
-            buffer.uniform_(-0.3, 0.3)
+            bias.data.uniform_(-0.3, 0.3)
     return model
 
 

@@ -172,7 +172,8 @@ def sizes_of_model(path: str) -> Sizes:
     experts, width = value(*EXPERTS), value(*WIDTHS)
     shared = getattr(config, "shared_expert_intermediate_size", None)
     if shared is None:
-        shared = (getattr(config, "n_shared_experts", None) or 0) * width
+        counts = (getattr(config, name, None) for name in ("n_shared_experts", "moe_num_shared_experts"))
+        shared = next((count for count in counts if count), 0) * width
     return Sizes(value("hidden_size"), width, experts, value("num_experts_per_tok"), shared)
 
 

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from torch import nn
 
-from flex.models import deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe
+from flex.models import (
+    deepseek_v2,
+    deepseek_v3,
+    dots1,
+    ernie4_5_moe,
+    flex_olmo,
+    glm4_moe,
+    granitemoe,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 from flex.models.base import Adapter, Unsupported, check_experts
 
 ADAPTERS: tuple[Adapter, ...] = (
@@ -14,6 +26,12 @@ ADAPTERS: tuple[Adapter, ...] = (
     olmoe.ADAPTER,
     deepseek_v2.ADAPTER,
     deepseek_v3.ADAPTER,
+    glm4_moe.ADAPTER,
+    dots1.ADAPTER,
+    ernie4_5_moe.ADAPTER,
+    granitemoe.ADAPTER,
+    granitemoe.SHARED_ADAPTER,
+    flex_olmo.ADAPTER,
 )
 
 __all__ = ["ADAPTERS", "Adapter", "Unsupported", "adapter_for", "check_experts", "find_blocks"]

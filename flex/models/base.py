@@ -98,6 +98,7 @@ class Adapter:
         shared: attribute of the shared expert in the block, or None.
         shared_gate: attribute of the shared expert's sigmoid gate, or None.
         attention: names of the attention's Linear modules, the default targets of LoRA.
+        stored: what the names of the routed experts' tensors in a checkpoint have in them.
     """
 
     architecture: str
@@ -106,6 +107,7 @@ class Adapter:
     shared: str | None = None
     shared_gate: str | None = None
     attention: tuple[str, ...] = field(default=("q_proj", "k_proj", "v_proj", "o_proj"))
+    stored: tuple[str, ...] = (".experts.",)
 
     def recognises(self, module: nn.Module) -> bool:
         """By exact class: a subclass may compute something else."""
@@ -117,9 +119,13 @@ class Adapter:
     def check(self, block: nn.Module) -> None:
         """Raise :class:`Unsupported` for a setting that the fused layer cannot reproduce."""
         check_experts(self.part(block, "experts"))
-        if self.shared is not None:
+        if self.shared is not None and self.has_shared(block):
             check_shared(self.part(block, self.shared), self.shared)
         self.router(block)
+
+    def has_shared(self, block: nn.Module) -> bool:
+        """Whether this block has a shared expert: some configurations of an architecture have none."""
+        return self.shared is not None and getattr(block, self.shared, None) is not None
 
     def part(self, block: nn.Module, name: str) -> nn.Module:
         module = getattr(block, name, None)
@@ -127,15 +133,24 @@ class Adapter:
             raise Unsupported(f"{type(block).__name__} has no submodule {name}")
         return module
 
+    def gate(self, block: nn.Module) -> Any:
+        """The model's own router module."""
+        return block.gate
+
     def router(self, block: nn.Module) -> Router:
-        """The router's settings, read from the model's own router module ``gate``."""
-        gate: Any = block.gate
+        """The router's settings, read from the model's own router module."""
+        gate = self.gate(block)
         normalize = gate.norm_topk_prob if self.normalize is None else self.normalize
         return Router(gate.weight, gate.top_k, normalize=bool(normalize))
 
     def router_decides(self, block: nn.Module) -> bool:
         """Whether the choice of experts needs the model's own router module (group-limited routing)."""
         return False
+
+    def decide(self, block: nn.Module, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits [T, E], ids [T, K]) of the model's own router module."""
+        logits_TE, _, ids_TK = self.gate(block)(x_TH)
+        return logits_TE, ids_TK
 
     def route(self, block: nn.Module, x_TH: Tensor) -> Router | Routed:
         """The router's settings; or its decision, where only the model's own module can make it.
@@ -145,10 +160,10 @@ class Adapter:
         replay cannot route a token elsewhere.
         """
         router = self.router(block)
-        gate: Any = block.gate
+        gate = self.gate(block)
         if not (self.router_decides(block) or gate._forward_hooks or gate._forward_pre_hooks):
             return router
-        logits_TE, _, ids_TK = gate(x_TH)
+        logits_TE, ids_TK = self.decide(block, x_TH)
         ids_TK = keep_ids(ids_TK)
         return Routed(ids_TK, weights_at(logits_TE, ids_TK, router))
 
@@ -165,7 +180,7 @@ class Adapter:
 
     def shared_parts(self, block: nn.Module) -> tuple[Any, Tensor | None] | None:
         """The shared expert's module and the weight [H] of its gate, or None."""
-        if self.shared is None:
+        if self.shared is None or not self.has_shared(block):
             return None
         module = getattr(block, self.shared)
         gate_weight = None if self.shared_gate is None else getattr(block, self.shared_gate).weight[0]
