@@ -17,17 +17,18 @@ class RowOrder(NamedTuple):
     """The parts of the array, one behind the other, all int32.
 
     Attributes:
+        inverse_N: inverse[t*K + k] = n, or -1 for a slot that is skipped. First, and so always aligned: the
+            kernels that read it are compiled for that.
         order_N: order[n] = t*K + k, the slot whose row is the n-th in expert order; past offsets[E], where
             slots are skipped, no row's.
-        inverse_N: inverse[t*K + k] = n, or -1 for a slot that is skipped.
         tile_expert_M: the expert of each tile of rows, which never crosses from one to the next.
         tile_row_M: the first row of each tile.
         offsets_E1: rows of expert e are offsets[e] .. offsets[e+1]; offsets[E] counts the real rows.
         tile_count_1: how many of the M tiles are used.
     """
 
-    order_N: Tensor
     inverse_N: Tensor
+    order_N: Tensor
     tile_expert_M: Tensor
     tile_row_M: Tensor
     offsets_E1: Tensor

@@ -268,7 +268,7 @@ class RoutingKernels:
             raise ValueError(f"block_rows={block_rows} is negative")
         sizes = part_sizes(N, experts, block_rows)
         packed = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-        order, inverse, tile_expert, tile_row, offsets, tile_count = part_addresses(packed, sizes)
+        inverse, order, tile_expert, tile_row, offsets, tile_count = part_addresses(packed, sizes)
         chunks = self.native.permute_chunks(N)
         counts_CE1 = None
         if chunks:

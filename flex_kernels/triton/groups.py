@@ -124,7 +124,7 @@ def sort_rows(ids_TK: Tensor, experts: int, block_m: int) -> Tensor:
 def sorted_groups(packed: Tensor, ids_TK: Tensor, experts: int, block_m: int) -> tuple[Groups, Tensor]:
     """(the routed rows in expert order, inverse_TK) of what :func:`sort_rows` found for ``ids_TK``."""
     sizes = part_sizes(ids_TK.numel(), experts, block_m)
-    order_N, inverse_N, tile_expert_M, tile_row_M, offsets_E1, tile_count_1 = parts_of(packed, sizes)
+    inverse_N, order_N, tile_expert_M, tile_row_M, offsets_E1, tile_count_1 = parts_of(packed, sizes)
     tables = order_N, offsets_E1, tile_expert_M, tile_row_M, tile_count_1
     return Groups(sizes[0], ids_TK.shape[1], block_m, sizes[2], *tables), inverse_N.view_as(ids_TK)
 
