@@ -2,9 +2,10 @@
 
 Letters: B packed rows, L tokens in a packed row, N answer tokens, V vocabulary.
 
-Several examples lie end to end in one packed row. Their ``positions_BL`` restart at 0, from which
-transformers (5.x, eager or SDPA attention, no attention mask, no cache) builds a block-diagonal causal mask;
-:mod:`flex.attention` needs none.
+Several examples lie end to end in one packed row, unless they are to be ``apart``: a model that mixes
+positions otherwise than by attention would see over their borders. Their ``positions_BL`` restart at 0, from
+which transformers (5.x, eager or SDPA attention, no attention mask, no cache) builds a block-diagonal causal
+mask; :mod:`flex.attention` needs none.
 An optimiser step always sees exactly ``batch_size`` examples, packed or not, so that packing changes speed
 and never the mathematics.
 """
@@ -174,16 +175,17 @@ def example_lengths(positions_BL: Tensor) -> Lengths:
     return tuple(rows)
 
 
-def pack(examples: Sequence[Example], max_length: int) -> Batch:
-    """One batch of all ``examples``. Raises ValueError on none.
+def pack(examples: Sequence[Example], max_length: int, apart: bool = False) -> Batch:
+    """One batch of all ``examples``, each in a row of its own if ``apart``. Raises ValueError on none.
 
     The end of a row shorter than the others is filled with token 0 as an example of its own that nothing
     attends to and that predicts nothing.
     """
     if not examples:
         raise ValueError("examples is empty; a batch needs at least one")
-    rows = [[examples[i] for i in row] for row in arrange([len(e.ids) for e in examples], max_length)]
-    rows = [row for row in rows if row]
+    lengths = [len(e.ids) for e in examples]
+    places = [[i] for i in range(len(examples))] if apart else arrange(lengths, max_length)
+    rows = [[examples[i] for i in row] for row in places if row]
     width = max(sum(len(e.ids) for e in row) for row in rows)
     ids_BL = torch.zeros(len(rows), width, dtype=torch.long)
     positions_BL = torch.zeros(len(rows), width, dtype=torch.long)
@@ -221,9 +223,10 @@ def training_batches(
     steps: int,
     epochs: int,
     seed: tuple[int, ...] | tuple[Any, ...],
+    apart: bool = False,
 ) -> Iterator[Batch]:
     """``steps`` batches of ``batch_size`` rows, or those of ``epochs`` passes; each pass in its own seeded
-    order.
+    order, and ``apart`` as :func:`pack` takes it.
 
     A pass ends with a smaller batch if need be; no batch mixes two passes. Rows are tokenised as they are
     used.
@@ -235,7 +238,7 @@ def training_batches(
             if epochs == 0 and made == steps:
                 return
             chosen = [encode(rows[i], tokenizer, max_length) for i in order[first : first + batch_size]]
-            yield pack(chosen, max_length)
+            yield pack(chosen, max_length, apart)
             made += 1
         epoch += 1
 
@@ -245,13 +248,12 @@ def number_of_steps(rows: int, batch_size: int, steps: int, epochs: int) -> int:
 
 
 def evaluation_batches(
-    rows: Sequence[Row], tokenizer: Any, max_length: int, batch_size: int
+    rows: Sequence[Row], tokenizer: Any, max_length: int, batch_size: int, apart: bool = False
 ) -> Iterator[Batch]:
-    """All rows once, in order, ``batch_size`` examples a batch."""
+    """All rows once, in order, ``batch_size`` examples a batch, ``apart`` as :func:`pack` takes it."""
     for first in range(0, len(rows), batch_size):
-        yield pack(
-            [encode(row, tokenizer, max_length) for row in rows[first : first + batch_size]], max_length
-        )
+        some = [encode(row, tokenizer, max_length) for row in rows[first : first + batch_size]]
+        yield pack(some, max_length, apart)
 
 
 def padded_batches(

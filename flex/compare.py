@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from flex.batching import Batch, example_lengths, training_batches
 from flex.config import Config
 from flex.memory import PeakMemory
+from flex.models import packs
 from flex.progress import plural
 from flex.report.data import SPEED_FILE, median
 from flex.rows import ClientData
@@ -152,15 +153,18 @@ def description(
 def save_batches(config: Config, client: ClientData, count: int, path: Path) -> list[int]:
     """Writes ``count`` training batches of the client, the same for every process; returns their tokens."""
     from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoTokenizer
 
+    folder = config.model.local_path()
     made = training_batches(
         client.train,
-        tokenizer_of(config),
+        AutoTokenizer.from_pretrained(folder),
         max_length=config.data.max_length,
         batch_size=config.training.batch_size,
         steps=count,
         epochs=0,
         seed=(config.run.seed, "comparison"),
+        apart=not packs(AutoConfig.from_pretrained(folder)),
     )
     tensors: dict[str, Tensor] = {}
     tokens = []
@@ -170,12 +174,6 @@ def save_batches(config: Config, client: ClientData, count: int, path: Path) -> 
         tokens.append(batch.tokens)
     save_file(tensors, path)
     return tokens
-
-
-def tokenizer_of(config: Config) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(config.model.local_path())
 
 
 def load_batches(path: Path) -> list[Batch]:

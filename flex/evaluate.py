@@ -17,6 +17,7 @@ import torch
 from flex.batching import evaluation_batches, prompt_ids
 from flex.config import Evaluation
 from flex.loss import answer_loss
+from flex.models import packs
 from flex.rows import Row
 from flex.seeds import generator
 
@@ -72,7 +73,8 @@ def held_out_loss(
         record_gates(model) if grafted else nullcontext({})
     )
     with recorder as gates:
-        for batch in evaluation_batches(rows, tokenizer, max_length, batch_size):
+        apart = not packs(model.config)
+        for batch in evaluation_batches(rows, tokenizer, max_length, batch_size, apart):
             total += answer_loss(model, batch.to(device)).item()
             tokens += len(batch.targets_N)
     loss = total / tokens

@@ -98,4 +98,8 @@ def answer_loss(model: Any, batch: Batch) -> Tensor:
         use_cache=False,
     )
     hidden_NH = out.last_hidden_state.flatten(0, 1).index_select(0, batch.where_N)
+    # Granite's logits are divided by this.
+    divisor = getattr(model.config, "logits_scaling", 1.0)
+    if divisor != 1.0:
+        hidden_NH = hidden_NH / divisor
     return linear_cross_entropy(hidden_NH, head.weight, batch.targets_N)

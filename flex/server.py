@@ -20,6 +20,7 @@ from flex.config import Config
 from flex.files import check_finite
 from flex.history import History
 from flex.memory import PeakMemory
+from flex.models import packs
 from flex.observer import Observer
 from flex.rows import ClientData
 from flex.seeds import generator, torch_seed
@@ -158,6 +159,7 @@ class Server:
                 steps=training.local_steps,
                 epochs=training.local_epochs,
                 seed=seed,
+                apart=not packs(self.model.config),
             )
             result = train_locally(
                 self.model,

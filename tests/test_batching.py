@@ -76,6 +76,14 @@ def test_packed_hidden_states_equal_those_of_separate_examples(attention, tolera
                 at += size
 
 
+def test_examples_apart_have_a_row_each_in_their_order():
+    batch = pack([Example([5, 6], 1), Example([7, 8, 9, 10], 2), Example([11, 12, 13], 1)], 64, apart=True)
+    assert batch.ids_BL.tolist() == [[5, 6, 0, 0], [7, 8, 9, 10], [11, 12, 13, 0]]
+    assert batch.positions_BL.tolist() == [[0, 1, 0, 1], [0, 1, 2, 3], [0, 1, 2, 0]]
+    assert batch.where_N.tolist() == [0, 5, 6, 8, 9] and batch.targets_N.tolist() == [6, 9, 10, 12, 13]
+    assert batch.lengths == ((2, 2), (4,), (3, 1)) and (batch.tokens, batch.examples) == (9, 3)
+
+
 def test_slices_cover_the_batch():
     batch = pack([Example(list(range(10, 10 + n)), 1) for n in (9, 8, 7, 4, 3)], 12)
     parts = list(batch.slices(2))

@@ -14,8 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import flex
 from flex.experts_implementation import NAME, experts_forward, register
-from flex.models import find_blocks
-from flex.models import Unsupported
+from flex.models import Unsupported, find_blocks
 
 
 def logits_and_gradients(model, dtype):

@@ -6,9 +6,12 @@ Letters: N answer tokens, H hidden, V vocabulary.
 import pytest
 import torch
 from tiny import make_model
+from tiny_models import ARCHITECTURES, tiny
 
+from flex.attention import PACKED
 from flex.batching import Example, pack
 from flex.loss import answer_loss, linear_cross_entropy
+from flex.models import packs
 
 
 def problem(n: int = 13, h: int = 24, v: int = 101, dtype=torch.float64):
@@ -95,6 +98,27 @@ def test_a_packed_batch_gives_transformers_loss_of_every_example_alone():
     assert sum(answer_loss(model, part).item() for part in batch.slices(1)) == pytest.approx(
         expected, rel=1e-6
     )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", PACKED])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_loss_of_every_architecture_is_transformers_own_of_every_example_alone(architecture, attention):
+    model = tiny(architecture).requires_grad_(False)
+    generator = torch.Generator().manual_seed(2)
+    examples = [
+        Example(torch.randint(3, 64, (n,), generator=generator).tolist(), s)
+        for n, s in [(7, 3), (12, 5), (3, 2), (20, 12)]
+    ]
+    expected = 0.0
+    for example in examples:
+        ids = torch.tensor([example.ids])
+        labels = ids.clone()
+        labels[:, : example.start] = -100
+        expected += model(ids, labels=labels).loss.item() * (len(example.ids) - example.start)
+    model.set_attn_implementation(attention)
+    batch = pack(examples, 24, apart=not packs(model.config))
+    assert len(batch.ids_BL) == (2 if packs(model.config) else 4)
+    assert answer_loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_gradient_through_the_model_equals_transformers():

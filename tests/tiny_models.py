@@ -23,6 +23,8 @@ from transformers import (
     GraniteMoeForCausalLM,
     GraniteMoeSharedConfig,
     GraniteMoeSharedForCausalLM,
+    Lfm2MoeConfig,
+    Lfm2MoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -32,6 +34,8 @@ from transformers import (
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 VOCABULARY = 64
@@ -76,7 +80,13 @@ GROUPED = COMMON | dict(
     routed_scaling_factor=1.7,
 )
 GRANITE = COMMON | dict(
-    intermediate_size=28, num_local_experts=6, num_experts_per_tok=2, residual_multiplier=0.7
+    intermediate_size=28,
+    num_local_experts=6,
+    num_experts_per_tok=2,
+    residual_multiplier=0.7,
+    embedding_multiplier=1.5,
+    attention_multiplier=0.3,
+    logits_scaling=3.0,
 )
 QWEN = COMMON | dict(moe_intermediate_size=24, num_experts=6, num_experts_per_tok=3)
 BUILDERS = {
@@ -134,6 +144,23 @@ BUILDERS = {
         FlexOlmoConfig,
         COMMON | dict(intermediate_size=24, num_experts=6, num_experts_per_tok=3),
     ),
+    "lfm2_moe": (
+        Lfm2MoeForCausalLM,
+        Lfm2MoeConfig,
+        QWEN
+        | dict(num_dense_layers=1, intermediate_size=40, layer_types=["conv", "full_attention"])
+        | dict(tie_word_embeddings=False, routed_scaling_factor=1.7),
+    ),
+    "qwen3_next": (
+        Qwen3NextForCausalLM,
+        Qwen3NextConfig,
+        QWEN
+        | dict(shared_expert_intermediate_size=40, norm_topk_prob=True, head_dim=8)
+        | dict(layer_types=["linear_attention", "full_attention"])
+        | dict(
+            linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8
+        ),
+    ),
 }
 ARCHITECTURES = tuple(BUILDERS)
 
@@ -145,7 +172,7 @@ def tiny(architecture: str, seed: int = 0, **overrides) -> PreTrainedModel:
     model = model_class(config_class(**(settings | overrides))).eval()
     model.set_experts_implementation("eager")
     for name, bias in (*model.named_buffers(), *model.named_parameters()):
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(("e_score_correction_bias", "expert_bias")):
             # Zero in a new model; trained models choose by it.
             bias.data.uniform_(-0.3, 0.3)
     return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from flex.models import (
@@ -12,10 +14,12 @@ from flex.models import (
     flex_olmo,
     glm4_moe,
     granitemoe,
+    lfm2_moe,
     mixtral,
     olmoe,
     qwen2_moe,
     qwen3_moe,
+    qwen3_next,
 )
 from flex.models.base import Adapter, Unsupported, check_experts
 
@@ -32,13 +36,20 @@ ADAPTERS: tuple[Adapter, ...] = (
     granitemoe.ADAPTER,
     granitemoe.SHARED_ADAPTER,
     flex_olmo.ADAPTER,
+    lfm2_moe.ADAPTER,
+    qwen3_next.ADAPTER,
 )
 
-__all__ = ["ADAPTERS", "Adapter", "Unsupported", "adapter_for", "check_experts", "find_blocks"]
+__all__ = ["ADAPTERS", "Adapter", "Unsupported", "adapter_for", "check_experts", "find_blocks", "packs"]
 
 
 def supported() -> str:
     return ", ".join(adapter.architecture for adapter in ADAPTERS)
+
+
+def packs(config: Any) -> bool:
+    """Whether examples can lie end to end in one row of a model with this configuration."""
+    return all(adapter.packs for adapter in ADAPTERS if adapter.architecture == config.model_type)
 
 
 def adapter_for(module: nn.Module) -> Adapter:

@@ -99,6 +99,8 @@ class Adapter:
         shared_gate: attribute of the shared expert's sigmoid gate, or None.
         attention: names of the attention's Linear modules, the default targets of LoRA.
         stored: what the names of the routed experts' tensors in a checkpoint have in them.
+        packs: positions meet by attention alone, so that examples can lie end to end in one row.
+        floor: what the model's own router adds to the sum that weights are divided by.
     """
 
     architecture: str
@@ -108,6 +110,8 @@ class Adapter:
     shared_gate: str | None = None
     attention: tuple[str, ...] = field(default=("q_proj", "k_proj", "v_proj", "o_proj"))
     stored: tuple[str, ...] = (".experts.",)
+    packs: bool = True
+    floor: float = 1e-20
 
     def recognises(self, module: nn.Module) -> bool:
         """By exact class: a subclass may compute something else."""
@@ -165,7 +169,7 @@ class Adapter:
             return router
         logits_TE, ids_TK = self.decide(block, x_TH)
         ids_TK = keep_ids(ids_TK)
-        return Routed(ids_TK, weights_at(logits_TE, ids_TK, router))
+        return Routed(ids_TK, weights_at(logits_TE, ids_TK, router, self.floor))
 
     def experts(self, block: nn.Module) -> Experts:
         """The routed experts as the layer takes them, plain or quantised; nothing is copied."""
@@ -199,11 +203,11 @@ class Adapter:
         return Shared(gate_up, module.down_proj.weight, gate_weight)
 
 
-def weights_at(logits_TE: Tensor, ids_TK: Tensor, router: Router) -> Tensor:
+def weights_at(logits_TE: Tensor, ids_TK: Tensor, router: Router, floor: float = 1e-20) -> Tensor:
     """The router's weights for a given choice, [T, K], differentiable in the logits."""
     logits_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
     scores_TE = logits_TE.softmax(-1) if router.score == "softmax" else logits_TE.sigmoid()
     weights_TK = scores_TE.gather(1, ids_TK)
     if router.normalize:
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + floor)
     return weights_TK * router.scale
