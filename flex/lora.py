@@ -27,7 +27,8 @@ def add_lora(
         alpha: their outputs are scaled by alpha / rank.
         dropout: on their inputs, in training.
         targets: names of Linear modules (``"q_proj"``); None takes the architecture's query, key, value and
-            output projections (for DeepSeek those of its latent attention).
+            output projections (for DeepSeek those of its latent attention; where other layers mix positions
+            as well, their projections too).
 
     Returns:
         The full names of the adapted modules. Adapter weights are float32; A is drawn from torch's global

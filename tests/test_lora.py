@@ -21,6 +21,15 @@ TARGETS = {
 }
 
 
+# Models of another kind of layer before the attention.
+HYBRIDS = {
+    "lfm2_moe": {"0.conv.in_proj", "0.conv.out_proj"}
+    | {f"1.self_attn.{t}_proj" for t in ("q", "k", "v", "out")},
+    "qwen3_next": {"0.linear_attn.in_proj_qkvz", "0.linear_attn.in_proj_ba", "0.linear_attn.out_proj"}
+    | {f"1.self_attn.{t}_proj" for t in "qkvo"},
+}
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("first", ["lora", "graft"])
 def test_attention_is_adapted_before_or_after_grafting(architecture, first):
@@ -38,8 +47,9 @@ def test_attention_is_adapted_before_or_after_grafting(architecture, first):
     if first == "lora":
         do_graft()
     wanted = TARGETS.get(architecture, {"q_proj", "k_proj", "v_proj", "o_proj"})
+    both = {f"{i}.self_attn.{t}" for i in (0, 1) for t in wanted}
     assert type(model) is own_class
-    assert set(names) == {f"model.layers.{i}.self_attn.{t}" for i in (0, 1) for t in wanted}
+    assert set(names) == {f"model.layers.{name}" for name in HYBRIDS.get(architecture, both)}
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable == {n for n, _ in model.named_parameters() if ".lora_" in n or ".personal." in n}
     with torch.no_grad(), gates_shut(model):

@@ -26,8 +26,10 @@ EXPECTED_ROUTERS = {
     "ernie4_5_moe": (3, True, "softmax", 1.0),
     "granitemoe": (2, True, "softmax", 1.0),
     "flex_olmo": (3, False, "softmax", 1.0),
+    "lfm2_moe": (3, True, "sigmoid", 1.7),
+    "qwen3_next": (3, True, "softmax", 1.0),
 }
-BIASED = ("deepseek_v3", "glm4_moe", "ernie4_5_moe")
+BIASED = ("deepseek_v3", "glm4_moe", "ernie4_5_moe", "lfm2_moe")
 
 
 @pytest.mark.parametrize("architecture", EXPECTED_ROUTERS)
@@ -42,8 +44,9 @@ def test_an_adapter_reads_the_settings_of_its_router(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_dense_layers_of_a_model_are_not_taken_for_moe_blocks(architecture):
     names = list(find_blocks(tiny(architecture)))
-    first = 1 if architecture.startswith(("deepseek", "glm4", "dots1", "ernie")) else 0
+    first = 1 if architecture.startswith(("deepseek", "glm4", "dots1", "ernie", "lfm2")) else 0
     block = "block_sparse_moe" if architecture.startswith("granite") else "mlp"
+    block = "feed_forward" if architecture.startswith("lfm2") else block
     assert names == [f"model.layers.{i}.{block}" for i in range(first, 2)]
 
 
@@ -52,8 +55,10 @@ def test_weights_at_the_chosen_ids_are_those_of_the_models_own_router(architectu
     (block, adapter), *_ = find_blocks(tiny(architecture)).values()
     x_TH = torch.randn(11, 32, generator=torch.Generator().manual_seed(3))
     logits_TE, ids_TK = adapter.decide(block, x_TH)
-    weights_TK = adapter.gate(block)(x_TH)[1]
-    torch.testing.assert_close(weights_at(logits_TE, ids_TK, adapter.router(block)), weights_TK)
+    bias = (block.expert_bias,) if architecture == "lfm2_moe" else ()
+    weights_TK = adapter.gate(block)(x_TH, *bias)[1]
+    got_TK = weights_at(logits_TE, ids_TK, adapter.router(block), adapter.floor)
+    torch.testing.assert_close(got_TK, weights_TK)
 
 
 @pytest.mark.parametrize("architecture", ["deepseek_v2_groups", "deepseek_v3_groups", "dots1_groups"])

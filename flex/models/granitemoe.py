@@ -15,7 +15,7 @@ from flex.models.base import Adapter
 class GraniteAdapter(Adapter):
     def decide(self, block: nn.Module, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         found = self.gate(block)(x_TH)
-        # transformers 5.17 to 5.19 return the ids first and the logits last, later ones the other way round.
+        # transformers 5.17 returns the ids first and the logits last, 5.23 the other way round.
         return (found[0], found[2]) if found[0].is_floating_point() else (found[2], found[0])
 
     def gate(self, block: nn.Module) -> Any:
