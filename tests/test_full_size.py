@@ -14,7 +14,7 @@ import torch
 from transformers import Qwen2MoeForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.full_size import Drawn, Size, batches, configuration, prove, shown
+from benchmarks.full_size import Drawn, Size, batches, configuration, feedback_ids, make_model, prove, shown
 from flex_kernels.cpu import ops
 from flex_kernels.precision import int8_products_allowed
 
@@ -107,3 +107,12 @@ def test_the_command_writes_what_it_prints(tmp_path):
     written = json.loads((tmp_path / "x.json").read_text())
     assert written["size"]["layers"] == 1 and written["size"]["kind"] == "nf4"
     assert f"{written['weights']:,} pretrained weights" in done.stdout
+
+
+def test_feedback_tokens_round_the_same_weights_by_what_the_layers_see():
+    size = replace(TINY, feedback_tokens=3 * TINY.tokens)
+    assert feedback_ids(TINY) is None and feedback_ids(size).shape == (3, TINY.tokens)
+    nearest, fed_back = make_model(TINY).state_dict(), make_model(size).state_dict()
+    assert nearest.keys() == fed_back.keys()
+    changed = {name for name, t in nearest.items() if not torch.equal(t, fed_back[name])}
+    assert changed and all(".experts." in name for name in changed)
