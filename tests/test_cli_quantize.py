@@ -75,6 +75,8 @@ def test_what_cannot_be_used_is_named_and_nothing_written(place, tmp_path, capsy
     assert "no shared experts" in failed(capsys, *asked, "--shared-experts", "int8")
     assert "there is no such folder" in failed(capsys, "quantize", "/nowhere/model", "--out", str(out))
     assert not out.exists()
+    (tmp_path / "file").touch()
+    assert "file" in failed(capsys, "quantize", model, "--out", str(tmp_path / "file" / "small"))
     (out / "kept").mkdir(parents=True)
     assert f"--out {out} exists and is not an empty folder" in failed(capsys, *asked)
     small = tmp_path / "again"

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_loading import FUSED, HUB, grafted, same_bits, save_large, saved
+from test_loading import FUSED, HUB, grafted, loading_takes, same_bits, saved
 from tiny_models import ARCHITECTURES, padded, tokens
 from transformers import AutoModelForCausalLM
 
 import flex
 from flex import loading
 from flex.deferred import defer_experts
-from flex.memory import PeakMemory
 from flex.models import find_blocks
 from flex.shared_experts import quantize_shared
 
@@ -149,23 +144,7 @@ def test_what_is_done_to_deferred_tensors_is_done_when_they_are_read():
         torch.is_floating_point(joined)
 
 
-LOAD = """
-import sys, torch, flex, transformers.models.mixtral.modeling_mixtral, flex.loading
-from flex.memory import PeakMemory
-torch.set_num_threads(1)
-start, peak = PeakMemory().read(), PeakMemory()
-model = flex.load(sys.argv[1], "nf4", gptq=[torch.arange(64)[None]])
-print(peak.read() - start, sum(t.nbytes for t in model.state_dict().values()))
-"""
-
-
 def test_the_whole_model_is_never_in_memory(tmp_path):
-    if PeakMemory().kind != "resident":
-        pytest.skip("this system does not let a process reset its high-water mark")
-    save_large(tmp_path)
-    done = subprocess.run([sys.executable, "-c", LOAD, tmp_path], check=True, capture_output=True, text=True)
-    peak, held = map(int, done.stdout.split())
-    full = Path(tmp_path / "model.safetensors").stat().st_size
-    assert full > 300e6 and held < 0.4 * full
+    peak, held, full = loading_takes(tmp_path, "dict(gptq=[torch.arange(64)[None]])")
     # Above what stays: the float experts of one layer, and the second moments of an expert with their factor.
     assert held < peak < 0.8 * full

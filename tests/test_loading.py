@@ -346,19 +346,26 @@ import sys, torch, flex, transformers.models.mixtral.modeling_mixtral, flex.load
 from flex.memory import PeakMemory
 torch.set_num_threads(1)
 start, peak = PeakMemory().read(), PeakMemory()
-model = flex.load(sys.argv[1], "nf4")
+model = flex.load(sys.argv[1], "nf4", **eval(sys.argv[2]))
 print(peak.read() - start, sum(t.nbytes for t in model.state_dict().values()))
 """
 
 
-def test_the_whole_model_is_never_in_memory(tmp_path):
+def loading_takes(folder, options="{}"):
+    """(peak, bytes that stay) of loading a large model in a process of its own, and its size in full."""
     if PeakMemory().kind != "resident":
         pytest.skip("this system does not let a process reset its high-water mark")
-    save_large(tmp_path)
-    done = subprocess.run([sys.executable, "-c", LOAD, tmp_path], check=True, capture_output=True, text=True)
+    save_large(folder)
+    command = [sys.executable, "-c", LOAD, folder, options]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     peak, held = map(int, done.stdout.split())
-    full = Path(tmp_path / "model.safetensors").stat().st_size
+    full = Path(folder / "model.safetensors").stat().st_size
     assert full > 300e6 and held < 0.4 * full
+    return peak, held, full
+
+
+def test_the_whole_model_is_never_in_memory(tmp_path):
+    peak, held, full = loading_takes(tmp_path)
     # Above what stays: one layer's experts as they are put together, and float32 pieces of them.
     assert held < peak < 0.6 * full
 

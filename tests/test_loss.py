@@ -76,6 +76,17 @@ def test_the_whole_logits_are_never_held():
     assert largest == rows * v
 
 
+def loss_of_each_alone(model, examples):
+    """By transformers, which computes its loss in float32."""
+    total = 0.0
+    for example in examples:
+        ids = torch.tensor([example.ids])
+        labels = ids.clone()
+        labels[:, : example.start] = -100
+        total += model(ids, labels=labels).loss.item() * (len(example.ids) - example.start)
+    return total
+
+
 def test_a_packed_batch_gives_transformers_loss_of_every_example_alone():
     model = make_model().double()
     model.set_experts_implementation("eager")
@@ -85,13 +96,7 @@ def test_a_packed_batch_gives_transformers_loss_of_every_example_alone():
         Example(torch.randint(4, 260, (n,)).tolist(), s)
         for n, s in [(7, 3), (12, 5), (3, 2), (5, 1), (20, 12)]
     ]
-    expected = 0.0
-    for example in examples:
-        ids = torch.tensor([example.ids])
-        labels = ids.clone()
-        labels[:, : example.start] = -100
-        # transformers computes its loss in float32.
-        expected += model(ids, labels=labels).loss.item() * (len(example.ids) - example.start)
+    expected = loss_of_each_alone(model, examples)
     batch = pack(examples, 24)
     assert len(batch.ids_BL) == 2
     assert answer_loss(model, batch).item() == pytest.approx(expected, rel=1e-6)
@@ -109,12 +114,7 @@ def test_the_loss_of_every_architecture_is_transformers_own_of_every_example_alo
         Example(torch.randint(3, 64, (n,), generator=generator).tolist(), s)
         for n, s in [(7, 3), (12, 5), (3, 2), (20, 12)]
     ]
-    expected = 0.0
-    for example in examples:
-        ids = torch.tensor([example.ids])
-        labels = ids.clone()
-        labels[:, : example.start] = -100
-        expected += model(ids, labels=labels).loss.item() * (len(example.ids) - example.start)
+    expected = loss_of_each_alone(model, examples)
     model.set_attn_implementation(attention)
     batch = pack(examples, 24, apart=not packs(model.config))
     assert len(batch.ids_BL) == (2 if packs(model.config) else 4)

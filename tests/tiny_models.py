@@ -51,34 +51,20 @@ COMMON = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
-DEEPSEEK = COMMON | dict(
-    num_key_value_heads=4,
+BEHIND_DENSE = COMMON | dict(
     intermediate_size=40,
     moe_intermediate_size=24,
     n_routed_experts=8,
     n_shared_experts=2,
     num_experts_per_tok=3,
     first_k_dense_replace=1,
-    kv_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=8,
-    v_head_dim=8,
     routed_scaling_factor=1.7,
+)
+DEEPSEEK = BEHIND_DENSE | dict(
+    num_key_value_heads=4, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8
 )
 # DeepSeek-V3's block on plain attention.
-GROUPED = COMMON | dict(
-    intermediate_size=40,
-    moe_intermediate_size=24,
-    n_routed_experts=8,
-    n_shared_experts=2,
-    num_experts_per_tok=3,
-    first_k_dense_replace=1,
-    head_dim=8,
-    n_group=1,
-    topk_group=1,
-    norm_topk_prob=True,
-    routed_scaling_factor=1.7,
-)
+GROUPED = BEHIND_DENSE | dict(head_dim=8, n_group=1, topk_group=1, norm_topk_prob=True)
 GRANITE = COMMON | dict(
     intermediate_size=28,
     num_local_experts=6,

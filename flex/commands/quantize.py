@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from flex.commands.console import positive, some_folder
@@ -44,6 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.calibration is not None and arguments.experts != "nf4":
         raise ValueError(f"--calibration is for --experts nf4, got {arguments.experts}: leave it out")
     text = None if arguments.calibration is None else read_text(arguments.calibration, arguments.rows)
+    # Rounding takes long: whether its outcome can be written is found out now.
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    TemporaryFile(dir=arguments.out.parent).close()
 
     import torch
     from transformers import AutoTokenizer

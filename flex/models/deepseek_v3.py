@@ -20,8 +20,13 @@ class DeepseekV3Adapter(Adapter):
             normalize=bool(gate.norm_topk_prob),
             score="sigmoid",
             scale=gate.routed_scaling_factor,
-            bias=gate.e_score_correction_bias,
+            bias=self.bias(block),
         )
+
+    def bias(self, block: nn.Module) -> Any:
+        """Added to the scores for the choice alone, or None."""
+        gate: Any = block.gate
+        return gate.e_score_correction_bias
 
     def router_decides(self, block: nn.Module) -> bool:
         gate: Any = block.gate

@@ -1,4 +1,4 @@
-"""GLM-4.5 and GLM-4.6: DeepSeek-V3's block on plain attention."""
+"""GLM-4.5: DeepSeek-V3's block on plain attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Granite 3 MoE: softmax over the chosen logits alone, which is a softmax router with normalised weights.
+"""Granite MoE: softmax over the chosen logits alone, which is a softmax router with normalised weights.
 
 GraniteMoeShared has the same block, beside a shared MLP that the decoder layer adds by itself.
 """

@@ -6,24 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flex.models.base import Adapter
-from flex_kernels import Router
+from flex.models.deepseek_v3 import DeepseekV3Adapter
 
 
-class Lfm2Adapter(Adapter):
+class Lfm2Adapter(DeepseekV3Adapter):
     def bias(self, block: nn.Module) -> Any:
         return block.expert_bias if self.gate(block).use_expert_bias else None
-
-    def router(self, block: nn.Module) -> Router:
-        gate = self.gate(block)
-        return Router(
-            gate.weight,
-            gate.top_k,
-            normalize=bool(gate.norm_topk_prob),
-            score="sigmoid",
-            scale=gate.routed_scaling_factor,
-            bias=self.bias(block),
-        )
 
     def router_decides(self, block: nn.Module) -> bool:
         # Chosen scores are divided by their sum and 1e-6, which the fused router does not add.
