@@ -375,7 +375,7 @@ def test_tuning_measures_each_set_of_experts_and_says_where_it_keeps_them(tmp_pa
 
     def measured(dtype, H, I, E, K, T, weights, workers):
         asked.append((dtype, H, I, E, K, T, weights, workers))
-        return tune.Best(same(Tile(64, 128, 32, per_sm=2)), dict.fromkeys(tune.PRODUCTS, 0.25), 12, 1)
+        return tune.Best(same(Tile(64, 128, 32, per_sm=2)), dict.fromkeys(tune.PRODUCTS, 0.25), 12, 1, {})
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

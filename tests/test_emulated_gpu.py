@@ -25,9 +25,10 @@ from triton.runtime.errors import OutOfResources
 from flex_kernels import Experts, Routed, flex_moe
 from flex_kernels.triton import codegen, tiles
 from flex_kernels.triton.grouped_gemm import grouped_gemm
-from flex_kernels.triton.groups import dense
+from flex_kernels.triton.groups import Groups, dense
 from flex_kernels.triton.route import route
 from flex_kernels.triton.route_backward import route_backward
+from flex_kernels.triton.tune import plan_for
 from flex_kernels.triton.up_swiglu import up_swiglu
 
 HERE = Path(__file__).parent
@@ -107,6 +108,25 @@ def test_every_pinned_plan_is_as_exact_as_plain_torch(capability, T, m, wanted, 
     assert wanted <= instructions(gpu)
 
 
+@pytest.mark.parametrize("T", [150, 600])
+def test_rows_copied_into_expert_order_make_no_difference(T, monkeypatch):
+    def copying(*sizes):
+        plan = plan_for(*sizes)
+        up, back = (replace(tile, copy_rows=True) for tile in (plan.up, plan.down_backward))
+        return replace(plan, up=up, down_backward=back)
+
+    monkeypatch.setattr("flex_kernels.triton.experts.plan_for", copying)
+    case = with_fixed_routing(make_case(T=T, H=136, E=5, K=2, I=72, dtype=torch.bfloat16))
+    gpu = agree(case, 90)
+    assert gpu.launched.count("copy_rows_kernel") == 3, "forward, z again, the output's gradient"
+    threads_copied = {
+        compiled.name
+        for compiled in gpu.compiled.values()
+        if re.search(codegen.PTX_PATTERNS["cp_async"], compiled.asm["ptx"])
+    }
+    assert not threads_copied & {"up_swiglu_kernel", "down_backward_kernel"}
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize(("capability", "T"), [(80, 200), (90, 12), (90, 150), (90, 600)])
 def test_quantised_experts_at_every_kind_of_plan(capability, T, kind):
@@ -150,9 +170,11 @@ def test_the_router_s_gradients_with_many_tokens(capability):
 
 
 def product(change=None, capability=90, gathered=False):
-    """A dense expert's product with a pinned plan, the kernel's PTX changed before it runs: (result, what it
+    """One expert's product with a pinned plan, the kernel's PTX changed before it runs: (result, what it
     should be, GPU). ``gathered``: rows come by the threads' own copies, not by a tensor map."""
     plan = tiles.plain_plans(capability)[128]
+    order, table = torch.arange(128, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    offsets = torch.tensor([0, 128], dtype=torch.int32)
     generator = torch.Generator().manual_seed(0)
     x_NH = torch.randn(128, 640, generator=generator).bfloat16()
     w_1CH = torch.randn(1, 192, 640, generator=generator).bfloat16()
@@ -164,11 +186,11 @@ def product(change=None, capability=90, gathered=False):
 
     with pytest.MonkeyPatch.context() as patch, emulated_gpu(capability) as gpu:
         patch.setattr("ptx_emulator.gpu.parse", parse)
-        rows = dense(128, plan.m)
         if gathered:
+            rows = Groups(128, 1, plan.m, 1, order, offsets, table, table, table + 1)
             y_NC = up_swiglu(x_NH, w_1CH, rows, plan.up, False, True)[1]
         else:
-            y_NC = grouped_gemm(x_NH, w_1CH, True, rows, plan.down)
+            y_NC = grouped_gemm(x_NH, w_1CH, True, dense(128, plan.m), plan.down)
     return y_NC, x_NH.double() @ w_1CH[0].double().T, gpu
 
 

@@ -73,8 +73,9 @@ def test_the_fastest_tile_wins_and_one_that_does_not_fit_is_passed_over():
         return tile
 
     milliseconds = {slow: 2.0, fast: 1.0}
-    assert tune.best_tile(run, [slow, large, fast], lambda job: milliseconds[job()]) == (1.0, fast)
-    assert tune.best_tile(run, [large], lambda job: milliseconds[job()]) is None
+    found = tune.time_tiles(run, [slow, large, fast], lambda job: milliseconds[job()])
+    assert found == [(1.0, fast), (2.0, slow)]
+    assert tune.time_tiles(run, [large], lambda job: milliseconds[job()]) == []
 
 
 def test_a_tile_that_does_not_compile_is_passed_over_and_named():
@@ -83,8 +84,8 @@ def test_a_tile_that_does_not_compile_is_passed_over_and_named():
             raise RuntimeError("PassManager::run failed")
 
     failed = []
-    found = tune.best_tile(run, [Tile(16, 64, 32), Tile(16, 32, 32)], lambda job: job() or 1.0, failed)
-    assert found == (1.0, Tile(16, 32, 32))
+    found = tune.time_tiles(run, [Tile(16, 64, 32), Tile(16, 32, 32)], lambda job: job() or 1.0, failed)
+    assert found == [(1.0, Tile(16, 32, 32))]
     assert len(failed) == 1 and "n=64" in failed[0] and "PassManager::run failed" in failed[0]
 
 
@@ -98,6 +99,15 @@ def test_there_are_few_candidates_and_the_pinned_tiles_are_among_them(capability
         assert {t.m for t in found[m]} == {m}
         if not coded or m == 128:
             assert {plan.up, plan.down, plan.down_backward, plan.up_backward} <= set(found[m])
+
+
+def test_rows_are_copied_only_for_the_products_that_gather_them():
+    found = tiles.candidates(90, 2)[128]
+    many, one = (tune.key_of(torch.bfloat16, 2048, 1408, *EK, 8192) for EK in ((60, 4), (1, 1)))
+    copying = {name: sum(t.copy_rows for t in tune.tiles_of(name, many, found)) for name in tune.PRODUCTS}
+    assert copying == {"up": 1, "down": 0, "down_backward": 1, "up_backward": 0}
+    assert all(not t.copy_rows for name in tune.PRODUCTS for t in tune.tiles_of(name, one, found))
+    assert all(t.tma for t in found if t.copy_rows)
 
 
 @pytest.mark.parametrize("kind", tune.KINDS)
@@ -163,10 +173,11 @@ for weights, E, K in (("plain", 5, 2), ("int8", 5, 2), ("nf4", 5, 2), ("int8+nf4
     key = tune.key_of(torch.float32, 64, 64, E, K, 9, weights)
     best = tune.fastest_plan(torch.device("cpu"), key, {16: [large, small]}, narrow_is_fast)
     narrow = best.plan == tune.Plan(*[small] * 4)
-    found[f"{weights} {E}"] = [narrow, best.milliseconds, best.tried, best.failed]
+    timed = {name: [(ms, tile.n) for ms, tile in ran] for name, ran in best.timed.items()}
+    found[f"{weights} {E}"] = [narrow, best.milliseconds, best.tried, best.failed, timed]
 
 shares = []
-tune.best_tile = lambda run, tiles, time_ms: shares[-1].append((run(tiles[0]) is not None, tiles[0].n))
+tune.time_tiles = lambda run, tiles, time_ms: shares[-1].append((run(tiles[0]) is not None, tiles[0].n))
 for part in range(3):
     shares.append([])
     tune.compile_share(torch.device("cpu"), key, {16: [large, small]}, part, 3)
@@ -184,10 +195,11 @@ def test_every_product_of_every_kind_of_weights_is_measured_with_every_tile():
     assert [len(share) for share in shares] == [3, 3, 2], "each of four products with each of two tiles once"
     assert sorted(one for share in shares for one in share) == [[True, 32]] * 4 + [[True, 64]] * 4
     assert runs == [64, 32] * 20
-    for name, (narrowest, milliseconds, tried, failed) in found.items():
+    for name, (narrowest, milliseconds, tried, failed, timed) in found.items():
         assert narrowest, name
         assert milliseconds == dict.fromkeys(tune.PRODUCTS, 32.0), name
         assert (tried, failed) == (8, 0), name
+        assert timed == {product: [[32.0, 32], [64.0, 64]] for product in tune.PRODUCTS}, name
 
 
 def test_a_shape_for_which_no_tile_runs_says_why(monkeypatch):

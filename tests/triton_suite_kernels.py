@@ -15,7 +15,8 @@ from flex_kernels import Router, reference
 from flex_kernels.triton.combine import combine
 from flex_kernels.triton.down_backward import down_backward
 from flex_kernels.triton.grouped_gemm import grouped_gemm
-from flex_kernels.triton.groups import dense, grouped, permute
+from flex_kernels.triton.groups import copy_rows, dense, grouped, permute
+from flex_kernels.triton.launch import described_rows
 from flex_kernels.triton.route import route
 from flex_kernels.triton.route_backward import route_backward
 from flex_kernels.triton.score_grads import score_grads
@@ -27,7 +28,9 @@ pytestmark = pytest.mark.usefixtures(poisoned_memory.__name__)
 POINTERS = Tile(16, 32, 32, group=2)
 PERSISTENT = replace(POINTERS, per_sm=2)
 DESCRIPTORS = replace(POINTERS, tma=True)
-TILES = [POINTERS, PERSISTENT, DESCRIPTORS]
+COPIED = replace(DESCRIPTORS, copy_rows=True)
+TILES = {"pointers": POINTERS, "persistent": PERSISTENT, "descriptors": DESCRIPTORS, "copied": COPIED}
+each_tile = pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -94,7 +97,7 @@ def test_the_bound_of_the_tile_table_holds_for_the_most_uneven_loads(E, N):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tile", TILES, ids=["pointers", "persistent", "descriptors"])
+@each_tile
 @pytest.mark.parametrize("skip", [False, True])
 def test_up_swiglu_gathers_each_experts_rows(dtype, tile, skip):
     r = Rows(dtype=dtype, skip=skip)
@@ -115,10 +118,29 @@ def test_up_swiglu_writes_only_what_is_wanted():
     assert no_act.numel() == no_preact.numel() == 0
 
 
-@pytest.mark.parametrize(("H", "I"), [(33, 7), (64, 32), (17, 65)])
-def test_a_dense_expert_owns_every_token_at_any_size(H, I):
+@pytest.mark.parametrize("skip", [False, True])
+def test_copied_rows_are_the_tokens_in_expert_order(skip):
+    r = Rows(H=300, skip=skip)
+    copied = copy_rows(r.x, r.groups)
+    assert copied.shape == (r.T * r.K, 300)
+    assert torch.equal(copied[: r.real], r.x[r.token_R])
+
+
+def test_rows_come_through_a_descriptor_where_no_gather_is_needed():
+    r = Rows()
+    assert described_rows(r.x, r.groups, DESCRIPTORS) is None
+    assert described_rows(r.x, dense(r.T, 16), POINTERS) is None
+    assert described_rows(r.x, dense(r.T, 16), DESCRIPTORS).base is r.x
+    assert described_rows(r.x, r.groups, COPIED).shape == [r.T * r.K, r.H]
+    odd = normal(r.T, r.H + 1)
+    assert described_rows(odd, r.groups, COPIED) is None, "rows are not multiples of 16 bytes"
+
+
+@each_tile
+@pytest.mark.parametrize(("H", "I"), [(33, 7), (64, 32), (17, 65), (40, 72)])
+def test_a_dense_expert_owns_every_token_at_any_size(H, I, tile):
     x, gate_up = normal(19, H), normal(1, 2 * I, H, seed=1)
-    act, _ = up_swiglu(x, gate_up, dense(19, 16), POINTERS, True, False)
+    act, _ = up_swiglu(x, gate_up, dense(19, 16), tile, True, False)
     z_TI, u_TI = (x.double() @ gate_up[0].double().T).chunk(2, 1)
     plain_z, plain_u = (x @ gate_up[0].T).chunk(2, 1)
     assert_close(
@@ -127,7 +149,7 @@ def test_a_dense_expert_owns_every_token_at_any_size(H, I):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tile", TILES, ids=["pointers", "persistent", "descriptors"])
+@each_tile
 def test_grouped_gemm_takes_weights_stored_either_way(dtype, tile):
     r = Rows(dtype=dtype, skip=True)
     act, preact = normal(r.T * r.K, r.I, dtype=dtype), normal(r.T * r.K, 2 * r.I, dtype=dtype)
@@ -147,7 +169,7 @@ def test_a_descriptor_is_refused_where_the_copy_engine_cannot_address_the_weight
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tile", TILES, ids=["pointers", "persistent", "descriptors"])
+@each_tile
 @pytest.mark.parametrize("damped", [False, True])
 def test_down_backward_has_the_gradients_of_autograd(dtype, tile, damped):
     r = Rows(dtype=dtype, skip=True)
@@ -168,6 +190,23 @@ def test_down_backward_has_the_gradients_of_autograd(dtype, tile, damped):
     found = {"dZ": got_dz, "dS": got_parts.sum(0), "c A": got_act}
     for (name, got), exact, plain in zip(found.items(), autograd(torch.float64), autograd(dtype)):
         assert_close(got[: r.real], exact, plain, 3, name)
+
+
+@each_tile
+@pytest.mark.parametrize(("H", "I"), [(33, 7), (64, 32), (40, 72)])
+def test_down_backward_of_a_dense_expert_has_the_gradients_of_autograd(H, I, tile):
+    dy, z, down = normal(19, H), normal(19, 2 * I), normal(1, H, I)
+    gate = torch.rand(19, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+
+    def autograd(kind):
+        z_, g_ = (t.to(kind).requires_grad_() for t in (z, gate))
+        act = torch.nn.functional.silu(z_[:, :I]) * z_[:, I:]
+        return torch.autograd.grad(g_[:, None] * (act @ down[0].to(kind).T), (z_, g_), dy.to(kind))
+
+    got_dz, _, got_parts = down_backward(dy, down, z, dense(19, 16), tile, gate, None, True, False, True)
+    found = {"dZ": got_dz, "dS": got_parts.sum(0)}
+    for (name, got), exact, plain in zip(found.items(), autograd(torch.float64), autograd(z.dtype)):
+        assert_close(got, exact, plain, 3, name)
 
 
 @pytest.mark.parametrize("mix", ["add", "convex"])

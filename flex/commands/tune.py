@@ -119,7 +119,8 @@ def rows_of(name: str, tokens: int, best: Any) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for product, milliseconds in best.milliseconds.items():
         t = getattr(best.plan, product)
-        tile = (t.m, t.n, t.k, t.warps, t.stages, "yes" if t.tma else "no", t.per_sm or "all")
+        tma = "rows copied" if t.copy_rows else "yes" if t.tma else "no"
+        tile = (t.m, t.n, t.k, t.warps, t.stages, tma, t.per_sm or "all")
         counts = (best.tried, best.failed) if not found else ("", "")
         found.append((name, str(tokens), product, *map(str, tile), f"{milliseconds:.3f}", *map(str, counts)))
     return found

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -236,6 +236,12 @@ def launches_of(
         "down_backward_personal",
         lambda: down_backward(x, down[:1], preact[:T], own, tile, gate, None, True, True, True),
     )
+    if tile.tma:
+        up, back = (replace(t, copy_rows=True) for t in (plan.up, tile))
+        with recorded_launches() as launches:
+            up_swiglu(x, gate_up, groups, up, True, False)
+            down_backward(x, down, preact, groups, back, weights, gate, True, False, True)
+        found["copy_rows"], found["up_swiglu_copied"], _, found["down_backward_copied"] = launches
     add("weight_grad", lambda: weight_grad(preact, False, x, True, groups))
     add("combine", lambda: combine(rows, inverse, weights, x, gate, x, gate, "convex"))
     add(
@@ -297,7 +303,7 @@ def decoding_launches(shape: Shape, tokens: int, tile: Tile, kind: str) -> dict[
 
 QWEN15_MOE = Shape(H=2048, I=1408, E=60, K=4)
 # Kernels whose code does not depend on the plan: looked at with one plan of each chip.
-PLAN_FREE = ("tile_table", "weight_grad", "combine", "score_grads", "route", "route_backward")
+PLAN_FREE = ("tile_table", "copy_rows", "weight_grad", "combine", "score_grads", "route", "route_backward")
 
 
 def cases() -> dict[str, tuple[Launch, int]]:

@@ -27,7 +27,7 @@ from flex_kernels.triton.common import (
     tile_coordinates,
 )
 from flex_kernels.triton.groups import Groups
-from flex_kernels.triton.launch import grouped_jit, grouped_launch
+from flex_kernels.triton.launch import described_rows, grouped_jit, grouped_launch
 from flex_kernels.triton.tiles import Tile, ceil_div, descriptor
 
 
@@ -76,7 +76,7 @@ def swiglu_backward(
 
 @grouped_jit
 def down_backward_kernel(
-    dy_ptr,  # (T, H) contiguous
+    dy,  # (T, H) contiguous; a tensor descriptor of the rows in expert order when ROWS_TMA
     w,  # (E, H, I), or its codes, of any strides; a tensor descriptor when TMA
     scales_ptr,  # (E, H) or (E, H, ceil(I / 64)), any strides; unused for plain weights
     z_ptr,  # (N, 2I) contiguous
@@ -106,6 +106,7 @@ def down_backward_kernel(
     WRITE_DZ: tl.constexpr,
     WRITE_ACT: tl.constexpr,
     WRITE_DS: tl.constexpr,
+    ROWS_TMA: tl.constexpr,
     TMA: tl.constexpr,
     KIND: tl.constexpr,
     BM: tl.constexpr,
@@ -132,7 +133,8 @@ def down_backward_kernel(
         token_m = slot_m // SLOTS
         col_n = n * BN + tl.arange(0, BN)
         k_k = tl.arange(0, BK)
-        dy_mk = dy_ptr + token_m.to(tl.int64)[:, None] * H + k_k[None, :]
+        if not ROWS_TMA:
+            dy_mk = dy + token_m.to(tl.int64)[:, None] * H + k_k[None, :]
         if KIND:
             codes = w + expert.to(tl.int64) * stride_we
             scales = scales_ptr + expert.to(tl.int64) * stride_se
@@ -141,7 +143,10 @@ def down_backward_kernel(
             w_kn += k_k.to(tl.int64)[:, None] * stride_wh
         da_mn = tl.zeros((BM, BN), dtype=tl.float32)
         for k in range(0, H, BK):
-            dy_tile = load_tile(dy_mk + k, True, (k_k < H - k)[None, :], True, H % BK == 0)
+            if ROWS_TMA:
+                dy_tile = dy.load([first, k])
+            else:
+                dy_tile = load_tile(dy_mk + k, True, (k_k < H - k)[None, :], True, H % BK == 0)
             if KIND:
                 w_tile = load_decoded(
                     codes,
@@ -153,7 +158,7 @@ def down_backward_kernel(
                     stride_wi,
                     stride_sh,
                     stride_sg,
-                    dy_ptr.dtype.element_ty,
+                    z_ptr.dtype.element_ty,
                     I,
                     H % BK == 0,
                     KIND,
@@ -229,13 +234,15 @@ def down_backward(
     ds_BN = torch.empty(
         (ceil_div(I, tile.n), N) if want_score_grad else (0,), dtype=torch.float32, device=dy_TH.device
     )
+    dy_desc = described_rows(dy_TH, groups, tile)
     for w, rows in pieces(down_EHI, groups, tile, dy_TH.dtype):
         values = stored(w)
         w_desc = descriptor(values, (1, tile.k, tile.n)) if tile.tma else None
         scales, *scale_strides = scale_arguments(w)
         grouped_launch(down_backward_kernel, I, w, rows, tile, w_desc is not None, dy_TH.device)(
             (
-                *(dy_TH, values if w_desc is None else w_desc, scales, preact_N2I),
+                *(dy_TH if dy_desc is None else dy_desc, values if w_desc is None else w_desc),
+                *(scales, preact_N2I),
                 *(dz_N2I, act_NI, ds_BN, score, damp_T, *rows.pointers()),
             ),
             (rows.rows,),
@@ -248,5 +255,6 @@ def down_backward(
             WRITE_DZ=want_preact_grad,
             WRITE_ACT=want_act,
             WRITE_DS=want_score_grad,
+            ROWS_TMA=dy_desc is not None,
         )
     return dz_N2I, act_NI, ds_BN

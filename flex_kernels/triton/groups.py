@@ -50,6 +50,28 @@ def tile_table_kernel(
         tl.store(tile_count_ptr, before + own)
 
 
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["order_ptr", "real_ptr"])
+def copy_rows_kernel(
+    x_ptr,  # (T, R) contiguous
+    out_ptr,  # (N, R) contiguous
+    order_ptr,  # (N,) int32
+    real_ptr,  # (1,) int32: how many of the N rows are real
+    rows,  # N
+    R: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Grid: (BM rows, BR columns) of the output. Reads and writes 2 BM BR bytes each in 16-bit types."""
+    row_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    col_r = tl.program_id(1) * BR + tl.arange(0, BR)
+    inside_m = row_m < tl.minimum(tl.load(real_ptr), rows)
+    source_m = tl.load(order_ptr + row_m, mask=inside_m, other=0) // SLOTS
+    mask_mr = inside_m[:, None] & (col_r < R)[None, :]
+    value_mr = tl.load(x_ptr + source_m.to(tl.int64)[:, None] * R + col_r[None, :], mask=mask_mr)
+    tl.store(out_ptr + row_m.to(tl.int64)[:, None] * R + col_r[None, :], value_mr, mask=mask_mr)
+
+
 class Groups(NamedTuple):
     """The rows of a grouped product.
 
@@ -86,11 +108,37 @@ class Groups(NamedTuple):
             self.tile_count_1,
         )
 
+    @property
+    def real_1(self) -> Tensor | None:
+        """The end of the last expert's rows; None for a dense expert."""
+        return None if self.offsets_E1 is None else self.offsets_E1[-1:]
+
     def of_experts(self, first: int, end: int) -> Groups:
         """The rows of experts ``first`` .. ``end`` - 1, left in their places; the first is their expert 0."""
         if self.offsets_E1 is None or self.order_N is None:
             raise ValueError("a dense expert's rows cannot be split by expert")
         return grouped(self.offsets_E1[first : end + 1], self.order_N, self.slots, self.block_m)
+
+
+def copy_rows(x_TR: Tensor, groups: Groups) -> Tensor:
+    """[N, R]: the rows of ``x_TR`` in expert order; those past the last real one are not written."""
+    R = x_TR.shape[1]
+    out_NR = x_TR.new_empty(groups.rows, R)
+    rows, columns = 16, min(256, next_power_of_2(R))
+    launch(
+        copy_rows_kernel,
+        x_TR.device,
+        (ceil_div(groups.rows, rows), ceil_div(R, columns)),
+        (x_TR, out_NR, groups.order_N, groups.real_1),
+        (groups.rows,),
+        (),
+        R=R,
+        SLOTS=groups.slots,
+        BM=rows,
+        BR=columns,
+        num_warps=4,
+    )
+    return out_NR
 
 
 def permute(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,9 @@ class Tile:
         m, n, k: block sizes; powers of two, at least 16.
         group: row tiles that sweep the columns together.
         warps, stages: warps a program, and the depth of the software pipeline.
-        tma: weights (and rows that need no gather) through tensor descriptors where their strides allow it.
+        tma: weights, and rows that need no gather, through tensor descriptors where their strides allow it.
+        copy_rows: with ``tma``, rows that need a gather are copied into expert order first, one launch more,
+            and then need none.
         per_sm: programs a multiprocessor of a persistent grid; 0 launches one program a tile.
         flatten: of a persistent grid: fetch the next tile's operands while the epilogue of this one runs.
     """
@@ -37,6 +39,7 @@ class Tile:
     warps: int = 4
     stages: int = 3
     tma: bool = False
+    copy_rows: bool = False
     per_sm: int = 0
     flatten: bool = False
 
@@ -181,11 +184,12 @@ def candidates(capability: int, itemsize: int, coded: bool = False) -> dict[int,
         if any(t.tma for t in pinned_tiles):
             tiles |= {replace(t, tma=False, per_sm=0, flatten=False) for t in tuple(tiles) if t.tma}
             tiles |= {replace(t, flatten=False) for t in pinned_tiles if t.flatten}
+            tiles |= {replace(t, copy_rows=True) for t in (plan.up, plan.down_backward)}
         if coded and m < 128:
             base = Tile(m, 64, 64, group=plan.up.group)
             tiles = {replace(base, stages=s, warps=w) for s in (2, 3, 4) for w in (4, 8)}
             tiles |= {replace(base, n=32), replace(base, k=32)}
-        found[m] = sorted(tiles, key=lambda t: (t.n, t.k, t.warps, t.stages, t.tma, t.flatten))
+        found[m] = sorted(tiles, key=lambda t: (t.n, t.k, t.warps, t.stages, t.tma, t.copy_rows, t.flatten))
     return found
 
 

@@ -38,6 +38,8 @@ Timer = Callable[[Callable[[], object]], float]
 PLAIN = "plain"
 WEIGHTS = (PLAIN, *KINDS)
 PRODUCTS = ("up", "down", "down_backward", "up_backward")
+# Those whose rows of routed experts need a gather.
+GATHERING = ("up", "down_backward")
 
 
 def bucket(tokens: int) -> int:
@@ -122,18 +124,20 @@ class Best:
         plan: the fastest tiles.
         milliseconds: of each product with its tile, by the names in PRODUCTS.
         tried, failed: how many tiles were measured, and how many did not compile or fit.
+        timed: (milliseconds, tile) of every tile that ran, by product; of one height the fastest first.
     """
 
     plan: Plan
     milliseconds: dict[str, float]
     tried: int
     failed: int
+    timed: dict[str, list[tuple[float, Tile]]]
 
 
-def best_tile(
+def time_tiles(
     run: Callable[[Tile], object], tiles: list[Tile], time_ms: Timer, failed: list[str] | None = None
-) -> tuple[float, Tile] | None:
-    """(milliseconds, tile) of the fastest tile that compiles and fits the chip; None when none does.
+) -> list[tuple[float, Tile]]:
+    """(milliseconds, tile) of those that compile and fit the chip, the fastest first.
 
     Why the others do not is added to ``failed``.
     """
@@ -143,7 +147,7 @@ def best_tile(
             timed.append((time_ms(partial(run, tile)), tile))
         except (TritonError, RuntimeError) as error:
             reasons.append(f"{tile}: {type(error).__name__}: {error}")
-    return min(timed, key=lambda pair: pair[0], default=None)
+    return sorted(timed, key=lambda pair: pair[0])
 
 
 class Products:
@@ -201,6 +205,12 @@ class Products:
         }
 
 
+def tiles_of(name: str, key: Key, tiles: list[Tile]) -> list[Tile]:
+    """Those of ``tiles`` to try for one of PRODUCTS: rows are copied only where they need a gather."""
+    experts = key[4]
+    return [tile for tile in tiles if not tile.copy_rows or (experts > 1 and name in GATHERING)]
+
+
 def coded(w: torch.Tensor, weights: str) -> torch.Tensor | Quantized:
     return w if weights == PLAIN else quantize(w, weights)  # type: ignore[arg-type]
 
@@ -216,16 +226,19 @@ def fastest_plan(
     products = Products(device, key, seed)
     found: list[tuple[float, Plan, dict[str, float]]] = []
     failed: list[str] = []
+    timed: dict[str, list[tuple[float, Tile]]] = {name: [] for name in PRODUCTS}
     tried = 0
     for m, tiles in tiles_by_m.items():
         if not products.fits(m):
             continue
         best = {}
         for name, run in products.by_name(m).items():
-            tried += len(tiles)
-            one = best_tile(run, tiles, time_ms, failed)
-            if one is not None:
-                best[name] = one
+            own = tiles_of(name, key, tiles)
+            tried += len(own)
+            ran = time_tiles(run, own, time_ms, failed)
+            timed[name] += ran
+            if ran:
+                best[name] = ran[0]
         if len(best) == len(PRODUCTS):
             milliseconds = {name: best[name][0] for name in PRODUCTS}
             plan = Plan(*(best[name][1] for name in PRODUCTS))
@@ -233,7 +246,7 @@ def fastest_plan(
     if not found:
         raise RuntimeError(f"no tile runs on {device} for {key_text(key)}: {'; '.join(failed[:1])}")
     _, plan, milliseconds = min(found, key=lambda one: one[0])
-    return Best(plan, milliseconds, tried, len(failed))
+    return Best(plan, milliseconds, tried, len(failed), timed)
 
 
 def compile_share(
@@ -246,11 +259,11 @@ def compile_share(
             (run, tile)
             for m, tiles in tiles_by_m.items()
             if products.fits(m)
-            for run in products.by_name(m).values()
-            for tile in tiles
+            for name, run in products.by_name(m).items()
+            for tile in tiles_of(name, key, tiles)
         ]
         for run, tile in jobs[part::of]:
-            best_tile(run, [tile], lambda job: float(job() is None))
+            time_tiles(run, [tile], lambda job: float(job() is None))
 
 
 def compile_ahead(device: torch.device, key: Key, tiles_by_m: dict[int, list[Tile]], workers: int) -> None:

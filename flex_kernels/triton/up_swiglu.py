@@ -22,7 +22,7 @@ from flex_kernels.triton.codes import (
 )
 from flex_kernels.triton.common import column_halves, expert_rows, load_tile, row_tile_count, tile_coordinates
 from flex_kernels.triton.groups import Groups
-from flex_kernels.triton.launch import grouped_jit, grouped_launch
+from flex_kernels.triton.launch import described_rows, grouped_jit, grouped_launch
 from flex_kernels.triton.tiles import Tile, descriptor
 
 
@@ -55,7 +55,7 @@ def store_swiglu(
 
 @grouped_jit
 def up_swiglu_kernel(
-    x_ptr,  # (T, H) contiguous
+    x,  # (T, H) contiguous; a tensor descriptor of the rows in expert order when ROWS_TMA
     w,  # (E, 2I, H), or its codes, of any strides; a tensor descriptor of (E, 2, I, H) when TMA
     scales_ptr,  # (E, 2I) or (E, 2I, ceil(H / 64)), any strides; unused for plain weights
     a_ptr,  # (N, I) contiguous, or unused
@@ -78,6 +78,7 @@ def up_swiglu_kernel(
     GROUPED: tl.constexpr,
     WRITE_A: tl.constexpr,
     WRITE_Z: tl.constexpr,
+    ROWS_TMA: tl.constexpr,
     TMA: tl.constexpr,
     KIND: tl.constexpr,
     BM: tl.constexpr,
@@ -92,7 +93,7 @@ def up_swiglu_kernel(
     A tile's gate and up columns are one product, so that x is read once and the tensor cores see twice the
     columns; the epilogue takes them apart. Reads 2 (BM + 2 BN) H bytes and writes
     2 BM BN (and twice that for Z) in 16-bit types; quantised weights are 1 or 1/2 byte each. Rows of x are
-    gathered in the load; rows past the expert's end repeat its last row and are not stored.
+    gathered in the load, or in order already when ROWS_TMA; what is past the expert's end is not stored.
     """
     N_TILES: tl.constexpr = (I + BN - 1) // BN
     m_tiles = row_tile_count(tile_count_ptr, rows, GROUPED, BM)
@@ -100,14 +101,15 @@ def up_swiglu_kernel(
         m, n = tile_coordinates(tile, m_tiles, N_TILES, GROUP_M)
         expert, first, end = expert_rows(m, offsets_ptr, tile_expert_ptr, tile_row_ptr, rows, GROUPED, BM)
         row_m = first + tl.arange(0, BM)
-        source_m = tl.minimum(row_m, end - 1)
-        if GROUPED:
-            source_m = tl.load(order_ptr + source_m) // SLOTS
         # The tile's weight rows: BN of the gate half, then the BN of the up half that they multiply.
         half_j, column_j = tl.arange(0, 2 * BN) // BN, n * BN + tl.arange(0, 2 * BN) % BN
         inside_j, row_j = column_j < I, half_j * I + column_j
         k_k = tl.arange(0, BK)
-        x_mk = x_ptr + source_m.to(tl.int64)[:, None] * H + k_k[None, :]
+        if not ROWS_TMA:
+            source_m = tl.minimum(row_m, end - 1)
+            if GROUPED:
+                source_m = tl.load(order_ptr + source_m) // SLOTS
+            x_mk = x + source_m.to(tl.int64)[:, None] * H + k_k[None, :]
         if KIND:
             codes = w + expert.to(tl.int64) * stride_we
             scales = scales_ptr + expert.to(tl.int64) * stride_se
@@ -116,7 +118,10 @@ def up_swiglu_kernel(
             w_kj += k_k.to(tl.int64)[:, None] * stride_wh
         z_mj = tl.zeros((BM, 2 * BN), dtype=tl.float32)
         for k in range(0, H, BK):
-            x_tile = load_tile(x_mk + k, True, (k_k < H - k)[None, :], True, H % BK == 0)
+            if ROWS_TMA:
+                x_tile = x.load([first, k])
+            else:
+                x_tile = load_tile(x_mk + k, True, (k_k < H - k)[None, :], True, H % BK == 0)
             if KIND:
                 w_tile = load_decoded(
                     codes,
@@ -128,7 +133,7 @@ def up_swiglu_kernel(
                     stride_wh,
                     stride_si,
                     stride_sg,
-                    x_ptr.dtype.element_ty,
+                    a_ptr.dtype.element_ty,
                     H,
                     I % BN == 0,
                     KIND,
@@ -182,12 +187,16 @@ def up_swiglu(
     tile = suited(tile, gate_up_E2IH, per_column=2)
     act_NI = x_TH.new_empty((groups.rows, I) if want_act else (0,))
     preact_N2I = x_TH.new_empty((groups.rows, two_I) if want_preact else (0,))
+    x_desc = described_rows(x_TH, groups, tile)
     for w, rows in pieces(gate_up_E2IH, groups, tile, x_TH.dtype):
         values = stored(w)
         described = descriptor(values.unflatten(1, (2, I)), (1, 2, tile.n, tile.k)) if tile.tma else None
         scales, *scale_strides = scale_arguments(w)
         grouped_launch(up_swiglu_kernel, I, w, rows, tile, described is not None, x_TH.device)(
-            (x_TH, values if described is None else described, scales, act_NI, preact_N2I, *rows.pointers()),
+            (
+                *(x_TH if x_desc is None else x_desc, values if described is None else described, scales),
+                *(act_NI, preact_N2I, *rows.pointers()),
+            ),
             (rows.rows,),
             (*values.stride(), *scale_strides),
             H=H,
@@ -195,5 +204,6 @@ def up_swiglu(
             SLOTS=rows.slots,
             WRITE_A=want_act,
             WRITE_Z=want_preact,
+            ROWS_TMA=x_desc is not None,
         )
     return act_NI, preact_N2I
