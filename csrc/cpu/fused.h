@@ -310,6 +310,9 @@ void down_backward(const Segment* segments, int64_t count, int64_t hidden, float
              });
 }
 
+// Rows of z, of each of which a task reads a short stretch, that are fetched ahead of their use.
+constexpr int64_t kRowsAhead = 8;
+
 // da = dy down; with z recomputed or as kept: dz, <da, a> in part sums a column block, scale * a where asked for.
 template <class E>
 void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* segments, int64_t count,
@@ -370,6 +373,13 @@ void up_backward(const void* x, const void* dy, int64_t hidden, const Segment* s
       for (int64_t r = 0; r < place.rows; ++r) {
         const int64_t row = place.first_row + r;
         const float scale = address<const float>(s.scale)[row];
+        if (s.preact && r + kRowsAhead < place.rows) {
+          const T* z = address<const T>(s.preact) + 2 * (row + kRowsAhead) * s.width + place.column;
+          for (int64_t c = 0; c < columns; c += 64 / static_cast<int64_t>(sizeof(T))) {
+            __builtin_prefetch(z + c);
+            __builtin_prefetch(z + s.width + c);
+          }
+        }
         // Part sums of one width, however wide the task.
         for (int64_t unit = 0; unit < columns; unit += kUnit) {
           const float* c = work.c + r * across + unit;

@@ -19,9 +19,10 @@ from flex_kernels.cpu import ops
 from flex_kernels.cpu.plan import WEIGHT_ROWS, Block, Group
 from flex_kernels.quantize import KINDS, Quantized
 
-# Between a part of the hidden rows at a time and all of them: small calls must not hold them all, large calls
-# gain nothing beyond this many rows.
-PARTS = 8
+# A batch holds a part of the hidden rows: threads wait for each other at its end, and experts that are cut in
+# two are read twice. Small calls hold little even so, large ones gain nothing beyond so many rows.
+PARTS = 4
+FEWEST_ELEMENTS = 5 << 16
 FEWEST_ROWS = 64
 MOST_ROWS = 2048
 # Tokens of which a batch may hold the hidden rows, where experts of few rows stand beside others of many.
@@ -109,7 +110,7 @@ def batches(groups: list[Group], most_bytes: int | None = None, itemsize: int = 
     blocks = {id(g.block): g.block for g in groups}
     widths = {name: room(block.width) for name, block in blocks.items()}
     total, widest = sum(g.rows * widths[id(g.block)] for g in groups), max(widths.values(), default=0)
-    budget = min(max(total // PARTS, FEWEST_ROWS * widest), MOST_ROWS * widest)
+    budget = min(max(total // PARTS, FEWEST_ELEMENTS, FEWEST_ROWS * widest), MOST_ROWS * widest)
     if itemsize == 2 and (most_bytes is None or not any(map(bytes_read_twice, groups))):
         tokens = tokens_to_mix(groups)
         if tokens:
