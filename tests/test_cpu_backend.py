@@ -242,13 +242,13 @@ def test_batches_cover_every_row_once_within_the_budget():
         assert [s.at for s in batch] == [sum(p.elements for p in batch[:i]) for i in range(len(batch))]
 
 
-def test_small_calls_are_one_batch_and_large_ones_at_least_four(monkeypatch):
-    few = fused.FEWEST_ROWS + 1
+def test_small_calls_are_one_batch_and_large_ones_at_least_eight(monkeypatch):
+    few = fused.FEWEST_ROWS
     groups = [group_of(few, 1000) for _ in range(4)]
     assert len(fused.batches(groups)) == 4
     monkeypatch.setattr(fused, "FEWEST_ELEMENTS", 4 * few * fused.room(1000))
     assert len(fused.batches(groups)) == 1
-    assert len(fused.batches([group_of(few * 40, 1000) for _ in range(4)])) >= 4
+    assert len(fused.batches([group_of(few * 40, 1000) for _ in range(4)])) >= 8
 
 
 def routed_groups(counts: list[int], width: int, **more) -> list[Group]:
@@ -260,7 +260,7 @@ def routed_groups(counts: list[int], width: int, **more) -> list[Group]:
     return [Group(block, e, first, rows, width) for e, (first, rows) in enumerate(zip(firsts, counts))]
 
 
-@pytest.mark.parametrize("tokens, count", [(64, 1), (128, 1), (200, 2), (640, 4)])
+@pytest.mark.parametrize("tokens, count", [(64, 1), (128, 1), (200, 2), (640, 5)])
 def test_experts_of_few_rows_share_batches_with_those_of_many(tokens, count):
     routed = routed_groups([1, 9, 30, 2, 17, 8, 25, 4] * 3, 32)
     trained = group_of(tokens, 16, everyone=True, ddown_EHI=torch.zeros(1, 8, 16))

@@ -21,7 +21,7 @@ from flex_kernels.quantize import KINDS, Quantized
 
 # A batch holds a part of the hidden rows: threads wait for each other at its end, and experts that are cut in
 # two are read twice. Small calls hold little even so, large ones gain nothing beyond so many rows.
-PARTS = 4
+PARTS = 8
 FEWEST_ELEMENTS = 5 << 16
 FEWEST_ROWS = 64
 MOST_ROWS = 2048
