@@ -8,25 +8,43 @@ Sizes of Qwen1.5-MoE-A2.7B at 256 tokens: T*K = 1024 rows, H = 2048, I = 1408, E
 import pytest
 import torch
 
+from flex_kernels import routing
 from flex_kernels.cpu import fallback
 
 native = pytest.importorskip("flex_kernels.cpu.native", reason="the native extension is not built")
+native_routing = pytest.importorskip("flex_kernels.cpu.native_routing")
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
 T, K, H, E, I = 256, 4, 2048, 60, 1408
 both = pytest.mark.parametrize("kernels", [native, fallback], ids=["native", "torch"])
+both_routing = pytest.mark.parametrize("kernels", [native_routing, fallback], ids=["native", "torch"])
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 
 
-@both
+@pytest.mark.parametrize(
+    "product",
+    [
+        native_routing.router_product,
+        lambda x, *rows: routing.thin_product(x, torch.cat([r.float() for r in rows])),
+    ],
+    ids=["native", "torch"],
+)
+@dtypes
+def test_router_product(benchmark, product, dtype):
+    logits = benchmark(product, torch.randn(T, H).to(dtype), torch.randn(E, H).to(dtype), torch.randn(1, H))
+    assert torch.isfinite(logits).all()
+
+
+@both_routing
 def test_choose(benchmark, kernels):
     ids, _ = benchmark(kernels.choose, torch.randn(T, E), E, None, K, True, "softmax", 1.0)
     assert ids.shape == (T, K)
 
 
-@both
+@both_routing
 def test_sort_rows(benchmark, kernels):
-    offsets, _ = benchmark(kernels.sort_rows, torch.randint(E, (T, K), dtype=torch.int32), E)
+    ids, weights = torch.randint(E, (T, K), dtype=torch.int32), torch.rand(T, K)
+    offsets, *_ = benchmark(kernels.sort_rows, ids, weights, None, E)
     assert offsets[-1] == T * K
 
 

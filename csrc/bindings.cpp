@@ -82,8 +82,13 @@ PYBIND11_MODULE(_cpu_ops, m) {
   m.def("gather_rows", [](Address source, Address tokens, Address out, int64_t rows, int64_t bytes, int threads) {
     flex::gather_rows(at<void>(source), at<int32_t>(tokens), at<void>(out), rows, bytes, threads);
   }, Unlocked());
-  m.def("sort_rows", [](Address ids, int64_t slots, int64_t experts, Address offsets, Address order) {
-    flex::sort_rows(at<int32_t>(ids), slots, experts, at<int32_t>(offsets), at<int32_t>(order));
+  m.def("sort_rows", [](Address ids, Address weights, Address closed, int64_t tokens, int64_t top_k, int64_t experts,
+                        Address offsets, Address order, Address token, Address scale) {
+    flex::sort_rows(at<int32_t>(ids), at<float>(weights), at<float>(closed), tokens, top_k, experts,
+                    at<int32_t>(offsets), at<int32_t>(order), at<int32_t>(token), at<float>(scale));
+  }, Unlocked());
+  m.def("unsort_rows", [](Address values, Address order, int64_t used, int64_t slots, Address out) {
+    flex::unsort_rows(at<float>(values), at<int32_t>(order), used, slots, at<float>(out));
   }, Unlocked());
   m.def("choose", [](Address logits, int64_t ld, Address bias, int64_t tokens, int64_t experts, int64_t top_k,
                      bool normalize, bool sigmoid, float scale, Address ids, Address weights, Address scratch,
@@ -94,6 +99,37 @@ PYBIND11_MODULE(_cpu_ops, m) {
   m.def("open_gates", [](Address logits, int64_t ld, int64_t first, Address bias, int64_t tokens, int64_t count,
                          Address gates, int threads) {
     flex::open_gates(at<float>(logits), ld, first, at<float>(bias), tokens, count, at<float>(gates), threads);
+  }, Unlocked());
+  m.def("choose_backward", [](Address logits, int64_t ld, Address ids, Address grad_weights, Address added,
+                              int64_t tokens, int64_t experts, int64_t top_k, bool normalize, bool sigmoid,
+                              float scale, Address scratch, int threads) {
+    flex::choose_backward(at<float>(logits), ld, at<int32_t>(ids), at<float>(grad_weights), at<float>(added), tokens,
+                          experts, top_k, normalize, sigmoid, scale, at<float>(scratch), threads);
+  }, Unlocked());
+  m.def("open_gates_backward", [](Address gates, Address grad_gates, int64_t tokens, int64_t count, Address out,
+                                  int64_t ld, Address totals) {
+    flex::open_gates_backward(at<float>(gates), at<float>(grad_gates), tokens, count, at<float>(out), ld,
+                              at<float>(totals));
+  }, Unlocked());
+
+  m.def("router_product", [](int dtype, Address x, int64_t tokens, int64_t hidden, int router_dtype, Address router,
+                             int64_t experts, Address gate_rows, int64_t gates, Address out, int threads) {
+    need_fused();
+    const flex::RouterRows rows{router_dtype, at<void>(router), experts, at<float>(gate_rows), gates};
+    kernels().router_product(dtype, at<void>(x), tokens, hidden, rows, at<float>(out), threads);
+  }, Unlocked());
+  m.def("router_input_gradient", [](int dtype, Address d, int64_t tokens, int64_t hidden, int router_dtype,
+                                    Address router, int64_t experts, Address gate_rows, int64_t gates, Address other,
+                                    Address dx, int threads) {
+    need_fused();
+    const flex::RouterRows rows{router_dtype, at<void>(router), experts, at<float>(gate_rows), gates};
+    kernels().router_input_gradient(dtype, at<float>(d), tokens, hidden, rows, at<void>(other), at<void>(dx), threads);
+  }, Unlocked());
+  m.def("router_rows_gradient", [](int dtype, Address d, int64_t ldd, Address x, int64_t tokens, int64_t hidden,
+                                   int64_t count, Address out, int threads) {
+    need_fused();
+    kernels().router_rows_gradient(dtype, at<float>(d), ldd, at<void>(x), tokens, hidden, count, at<float>(out),
+                                   threads);
   }, Unlocked());
 
   m.def("swiglu", [](int dtype, Address z, Address a, int64_t rows, int64_t width, int threads) {

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from cases import assert_close
 
-from flex_kernels.cpu import fallback
-
 native = pytest.importorskip("flex_kernels.cpu.native", reason="the native extension is not built")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -153,50 +151,6 @@ def test_gather_rows_copies_bits():
     assert torch.equal(out, source[tokens.long()])
 
 
-@pytest.mark.parametrize("kernels", [native, fallback], ids=["native", "fallback"])
-def test_the_sort_is_stable_and_skips_ids_outside_the_experts(kernels):
-    ids = torch.tensor([[2, 0], [3, 2], [0, 3], [2, 2]], dtype=torch.int32)
-    offsets, order = kernels.sort_rows(ids, 3)
-    assert offsets.tolist() == [0, 2, 2, 6]
-    assert order[:6].tolist() == [1, 4, 0, 3, 6, 7]
-
-
-def test_the_sort_of_no_tokens_is_empty():
-    offsets, order = native.sort_rows(torch.empty(0, 2, dtype=torch.int32), 4)
-    assert offsets.tolist() == [0] * 5 and order.numel() == 0
-
-
-@pytest.mark.parametrize("kernels", [native, fallback], ids=["native", "fallback"])
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("E, K", [(60, 6), (8, 2), (3, 3), (1, 1)])
-def test_choose_agrees_with_a_float64_top_k(kernels, score, E, K):
-    logits, bias = normal(50, E + 2), normal(E, seed=3) * 0.1
-    ids, weights = kernels.choose(logits, E, bias, K, True, score, 2.5)
-    exact = logits[:, :E].double()
-    p = exact.softmax(-1) if score == "softmax" else exact.sigmoid()
-    want = (p + bias.double()).topk(K).indices
-    chosen = p.gather(1, want)
-    assert torch.equal(ids.long(), want)
-    torch.testing.assert_close(
-        weights.double(), 2.5 * chosen / chosen.sum(-1, keepdim=True), atol=1e-6, rtol=1e-5
-    )
-
-
-@pytest.mark.parametrize("kernels", [native, fallback], ids=["native", "fallback"])
-def test_ties_go_to_the_lowest_index(kernels):
-    logits = torch.tensor([[1.0, 3.0, 3.0, 1.0, 3.0, 1.0], [0.0] * 6])
-    ids, weights = kernels.choose(logits, 6, None, 4, False, "softmax", 1.0)
-    assert ids.tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
-    torch.testing.assert_close(weights[1], torch.full((4,), 1 / 6))
-
-
-def test_gates_come_one_row_a_gate():
-    logits = normal(9, 7)
-    gates = native.open_gates(logits, 5, torch.tensor([0.5, -0.5]))
-    exact = torch.sigmoid(logits[:, 5:].double() + torch.tensor([0.5, -0.5]).double()).t()
-    torch.testing.assert_close(gates.double(), exact, atol=1e-6, rtol=1e-6)
-
-
 def test_a_tensor_of_the_wrong_shape_dtype_or_layout_never_reaches_a_kernel():
     z, out = torch.zeros(4, 6), torch.zeros(4, 3)
     with pytest.raises(ValueError, match=r"z must be a dense \[4, 6\]"):
@@ -207,8 +161,6 @@ def test_a_tensor_of_the_wrong_shape_dtype_or_layout_never_reaches_a_kernel():
         native.swiglu(z.double(), out.double())
     with pytest.raises(ValueError, match="tokens must be a dense"):
         native.gather_rows(z, torch.zeros(2, dtype=torch.int64), torch.empty(2, 6))
-    with pytest.raises(ValueError, match="top_k=7"):
-        native.choose(z, 6, None, 7, False, "softmax", 1.0)
 
 
 def test_segments_are_laid_out_from_their_blocks():

@@ -6,6 +6,7 @@
 #include "cpu/fused.h"
 #include "cpu/tiles.h"
 #include "cpu/fused_amx.h"
+#include "cpu/router_products.h"
 
 namespace flex {
 
@@ -89,6 +90,7 @@ void down_backward_amx(int dtype, const Segment* segments, int64_t count, int64_
 
 extern const Kernels amx_table;
 const Kernels amx_table = {"amx", true, true, swiglu_any, swiglu_backward_any, scatter_add_any,
+                           router_product_any, router_input_gradient_any, router_rows_gradient_any,
                            up_amx, down_amx, up_backward_amx, down_backward_amx, nullptr, TileWorkspace::bytes};
 
 }  // namespace flex

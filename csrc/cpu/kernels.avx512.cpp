@@ -4,12 +4,14 @@
 #include "cpu/vector_avx512.h"
 #include "cpu/rows.h"
 #include "cpu/fused_any.h"
+#include "cpu/router_products.h"
 #include "cpu/weight_gradient.h"
 
 namespace flex {
 
 extern const Kernels avx512_table;
 const Kernels avx512_table = {"avx512", true, true, swiglu_any, swiglu_backward_any, scatter_add_any,
+                             router_product_any, router_input_gradient_any, router_rows_gradient_any,
                              up_any, down_any, up_backward_any, down_backward_any, weight_gradient_any};
 
 }  // namespace flex

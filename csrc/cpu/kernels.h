@@ -78,6 +78,15 @@ inline int64_t bytes_a_thread(int64_t longest, int64_t rows) {
   return 4 * (packed_words(longest) + (wide < thin ? thin : wide));
 }
 
+// Rows that x meets in a thin product: of a router, in x's dtype or float32, then of gates.
+struct RouterRows {
+  int router_dtype;
+  const void* router;
+  int64_t experts;
+  const float* gate_rows;
+  int64_t gates;
+};
+
 struct Kernels {
   const char* name;
   // Whether the fused functions below exist; the plain build leaves products to torch.
@@ -93,6 +102,15 @@ struct Kernels {
   // out[tokens[r], :] += scale[r] * rows[r, :], r ascending; scale null means 1.
   void (*scatter_add)(int dtype, const void* source, const int32_t* tokens, const float* scale, float* out,
                       int64_t rows, int64_t columns, int threads);
+
+  // The products of x [T, hidden] with R = experts + gates rows, in float32; null where torch multiplies. Of d [T, R]:
+  // dx = d rows, plus `other` unless null; the gradient out [count, hidden] of rows, from d's columns [0, count).
+  void (*router_product)(int dtype, const void* x, int64_t tokens, int64_t hidden, const RouterRows& rows, float* out,
+                         int threads);
+  void (*router_input_gradient)(int dtype, const float* d, int64_t tokens, int64_t hidden, const RouterRows& rows,
+                                const void* other, void* dx, int threads);
+  void (*router_rows_gradient)(int dtype, const float* d, int64_t ldd, const void* x, int64_t tokens, int64_t hidden,
+                               int64_t count, float* out, int threads);
 
   // The expert feed-forward on blocks of rows. This is the seam for kernels on other units (AMX): same tables, same
   // results. `scratch` holds `threads` pieces of scratch_bytes().
@@ -121,8 +139,13 @@ const Kernels* amx_kernels();     // these, AMX-TILE and AMX-BF16
 // Rows of `source` [., bytes] picked by `tokens` into `out` [rows, bytes].
 void gather_rows(const void* source, const int32_t* tokens, void* out, int64_t rows, int64_t bytes, int threads);
 
-// Stable counting sort of ids [slots] by expert; ids outside [0, experts) take no place.
-void sort_rows(const int32_t* ids, int64_t slots, int64_t experts, int32_t* offsets, int32_t* order);
+// Stable counting sort of the slots [tokens, top_k] by expert; ids outside [0, experts) take no place. Of every place:
+// its slot, its token, and the weight of its slot, times closed[token] unless that is null; 0 behind the last.
+void sort_rows(const int32_t* ids, const float* weights, const float* closed, int64_t tokens, int64_t top_k,
+               int64_t experts, int32_t* offsets, int32_t* order, int32_t* token, float* scale);
+
+// out [slots] = the values of the first `used` places, at the slots that `order` gives them; 0 elsewhere.
+void unsort_rows(const float* values, const int32_t* order, int64_t used, int64_t slots, float* out);
 
 // Scores of logits [tokens, ld], columns [0, experts); the top_k best by score + bias (null for none), ties to the
 // lowest index. weights = scale * score, divided by the sum of the chosen when `normalize`.
@@ -130,8 +153,18 @@ void sort_rows(const int32_t* ids, int64_t slots, int64_t experts, int32_t* offs
 void choose(const float* logits, int64_t ld, const float* bias, int64_t tokens, int64_t experts, int64_t top_k,
             bool normalize, bool sigmoid, float scale, int32_t* ids, float* weights, float* scratch, int threads);
 
+// The gradient of logits [tokens, ld], columns [0, experts), in their place: of what `choose` made of them, plus
+// `added` [tokens, experts] unless null. `scratch` holds `threads` rows of top_k floats.
+void choose_backward(float* logits, int64_t ld, const int32_t* ids, const float* grad_weights, const float* added,
+                     int64_t tokens, int64_t experts, int64_t top_k, bool normalize, bool sigmoid, float scale,
+                     float* scratch, int threads);
+
 // gates [count, tokens] = sigmoid(logits [tokens, ld] columns [first, first + count) + bias [count])
 void open_gates(const float* logits, int64_t ld, int64_t first, const float* bias, int64_t tokens, int64_t count,
                 float* gates, int threads);
+
+// The gradient of the logits of gates [count, tokens]: out [tokens, ld], columns [0, count); and totals [count] of it.
+void open_gates_backward(const float* gates, const float* grad_gates, int64_t tokens, int64_t count, float* out,
+                         int64_t ld, float* totals);
 
 }  // namespace flex

@@ -201,17 +201,17 @@ def scale_gradients(
     dweights_TK: Tensor | None = None
     dgate_T: Tensor | None = None
     dshared_T: Tensor | None = None
-    dslot_TK = torch.zeros(weights_TK.shape)
+    dslot_TK: Tensor | None = None
     if need_weights or (need_gate and closed_T is not None):
         used = plan.offsets[-1]
-        dslot_TK.view(-1)[plan.order_N[:used]] = plan.routed.dscale_N[:used]
-    if need_weights:
+        dslot_TK = ops.routing.unsort_rows(plan.routed.dscale_N, plan.order_N, used, weights_TK.shape)
+    if need_weights and dslot_TK is not None:
         dweights_TK = dslot_TK if closed_T is None else dslot_TK * closed_T[:, None]
     if need_shared_gate and plan.shared is not None:
         dshared_T = plan.shared.dscale_N if closed_T is None else plan.shared.dscale_N * closed_T
     if need_gate and plan.personal is not None:
         dgate_T = plan.personal.dscale_N
-        if closed_T is not None:
+        if closed_T is not None and dslot_TK is not None:
             dgate_T = dgate_T - (weights_TK * dslot_TK).sum(-1)
             if plan.shared is not None:
                 gate: Tensor | float = 1.0 if shared_gate_T is None else shared_gate_T

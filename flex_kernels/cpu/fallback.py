@@ -52,18 +52,30 @@ def open_gates(logits_TR: Tensor, experts: int, bias_G: Tensor) -> Tensor:
     return torch.sigmoid(logits_TR[:, experts:] + bias_G.float()).t().contiguous()
 
 
-def sort_rows(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Stable counting sort of the slots by expert: (offsets [E+1] int32, order [N] int32).
+def sort_rows(
+    ids_TK: Tensor, weights_TK: Tensor, closed_T: Tensor | None, experts: int
+) -> tuple[list[int], Tensor, Tensor, Tensor]:
+    """Stable counting sort of the slots by expert: (E + 1 offsets, order [N] int32, tokens [N] int32, scale
+    [N] float32).
 
-    ``order[offsets[e]:offsets[e + 1]]`` are the flat slots t*K + k that chose e. Ids outside [0, E) are left
-    out: they take no row, and ``order`` ends with ``offsets[E]`` rows in use.
+    ``order[offsets[e]:offsets[e + 1]]`` are the flat slots t*K + k that chose e, ``tokens`` their t, and
+    ``scale`` their weights, times ``closed_T`` of the token where given. Ids outside [0, E) are left out:
+    they take no row, and only rows before ``offsets[E]`` are in use.
     """
     flat_N = ids_TK.reshape(-1).long()
     flat_N = torch.where((flat_N < 0) | (flat_N >= experts), experts, flat_N)
     counts_E = torch.bincount(flat_N, minlength=experts + 1)[:experts]
-    offsets = torch.zeros(experts + 1, dtype=torch.int32)
-    offsets[1:] = counts_E.cumsum(0)
-    return offsets, flat_N.sort(stable=True).indices.int()
+    order_N = flat_N.sort(stable=True).indices
+    tokens_N = order_N.div(max(1, ids_TK.shape[1]), rounding_mode="floor").int()
+    scale_TK = weights_TK if closed_T is None else weights_TK * closed_T[:, None]
+    return [0, *counts_E.cumsum(0).tolist()], order_N.int(), tokens_N, scale_TK.reshape(-1)[order_N]
+
+
+def unsort_rows(values_N: Tensor, order_N: Tensor, used: int, shape: torch.Size) -> Tensor:
+    """The first ``used`` values at the flat places of [*shape] that ``order_N`` gives them; 0 elsewhere."""
+    out = torch.zeros(shape)
+    out.view(-1)[order_N[:used]] = values_N[:used]
+    return out
 
 
 def gather_rows(source_TH: Tensor, tokens_n: Tensor, out_nH: Tensor) -> None:

@@ -1,29 +1,24 @@
 """The native kernels on tensors: checks what the extension takes on trust, then hands over addresses and
 sizes.
 
-Letters: T tokens, H hidden, E routed experts, K chosen, G sigmoid gates, R = E + G columns, I expert width, N
-= T*K rows in expert order, n rows of one block, S segments.
+Letters: T tokens, H hidden, I expert width, n rows of one block, S segments.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 from array import array
-from typing import Any
 
 import torch
 from torch import Tensor
 
-# After torch: its own libgomp must be the one in the process, so that both share one pool of threads.
-_cpu_ops: Any = importlib.import_module("flex_kernels._cpu_ops")
+from flex_kernels.cpu.binding import DTYPES, _cpu_ops, address, dtype_code
 
 # Buffers from this size on are made of pages that the process keeps: fresh ones took 5% of a step of 8,192
 # tokens.
 PAGES_FROM = 8 << 20
 # Most bytes of freed ones that it keeps.
 KEPT_BYTES: int = _cpu_ops.KEPT_BYTES
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SEGMENT_WORDS: int = _cpu_ops.SEGMENT_WORDS
 BLOCK_WORDS: int = _cpu_ops.BLOCK_WORDS
 PIECE_WORDS: int = _cpu_ops.PIECE_WORDS
@@ -46,20 +41,6 @@ scratch_bytes = _cpu_ops.scratch_bytes
 give_back_pages = _cpu_ops.give_back_pages
 
 
-def address(name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """The address of a dense CPU tensor of this dtype and shape; 0 for None.
-
-    Raises:
-        ValueError: it is anything else. The kernels read and write without looking.
-    """
-    if t is None:
-        return 0
-    if t.dtype != dtype or t.device.type != "cpu" or tuple(t.shape) != shape or not t.is_contiguous():
-        given = f"{list(t.shape)} {t.dtype} on {t.device}, strides {list(t.stride())}"
-        raise ValueError(f"{name} must be a dense {list(shape)} {dtype} on the CPU, got {given}")
-    return t.data_ptr()
-
-
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     """A tensor for values that do not outlive a step: a large one is in memory that an earlier one had.
 
@@ -79,12 +60,6 @@ def empty_like(t: Tensor) -> Tensor:
     return empty(*t.shape, dtype=t.dtype)
 
 
-def dtype_code(name: str, t: Tensor) -> int:
-    if t.dtype not in DTYPES:
-        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {t.dtype}")
-    return DTYPES[t.dtype]
-
-
 def lay_out_segments(blocks: array[int], pieces: array[int]) -> Tensor:
     """The kernels' table [S, SEGMENT_WORDS] of a batch of S pieces.
 
@@ -102,83 +77,6 @@ def lay_out_segments(blocks: array[int], pieces: array[int]) -> Tensor:
     addresses = (words.buffer_info()[0] for words in (blocks, pieces))
     _cpu_ops.lay_out_segments(*addresses, count, table.data_ptr())
     return table
-
-
-def choose(
-    logits_TR: Tensor,
-    experts: int,
-    bias_E: Tensor | None,
-    top_k: int,
-    normalize: bool,
-    score: str,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Top-k of the first ``experts`` columns: (ids_TK int32, weights_TK float32); ties go to the lowest
-    index.
-    """
-    tokens, columns = logits_TR.shape
-    if not 1 <= top_k <= experts <= columns:
-        raise ValueError(
-            f"top_k={top_k} must be in 1..{experts}, the experts of logits {list(logits_TR.shape)}"
-        )
-    ids_TK = torch.empty(tokens, top_k, dtype=torch.int32)
-    weights_TK = torch.empty(tokens, top_k)
-    bias_E = None if bias_E is None else bias_E.float().contiguous()
-    threads = torch.get_num_threads()
-    scratch = torch.empty(threads, 2, experts)
-    _cpu_ops.choose(
-        address("logits", logits_TR, torch.float32, (tokens, columns)),
-        columns,
-        address("bias", bias_E, torch.float32, (experts,)),
-        tokens,
-        experts,
-        top_k,
-        normalize,
-        score == "sigmoid",
-        scale,
-        ids_TK.data_ptr(),
-        weights_TK.data_ptr(),
-        scratch.data_ptr(),
-        threads,
-    )
-    return ids_TK, weights_TK
-
-
-def open_gates(logits_TR: Tensor, experts: int, bias_G: Tensor) -> Tensor:
-    """sigmoid of the columns after ``experts``, plus a bias each: [G, T] float32."""
-    tokens, columns = logits_TR.shape
-    count = columns - experts
-    gates_GT = torch.empty(count, tokens)
-    bias_G = bias_G.float().contiguous()
-    _cpu_ops.open_gates(
-        address("logits", logits_TR, torch.float32, (tokens, columns)),
-        columns,
-        experts,
-        address("bias", bias_G, torch.float32, (count,)),
-        tokens,
-        count,
-        gates_GT.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return gates_GT
-
-
-def sort_rows(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Stable counting sort of the slots by expert: (offsets [E+1] int32, order [N] int32).
-
-    ``order[offsets[e]:offsets[e + 1]]`` are the flat slots t*K + k that chose e. Ids outside [0, E) are left
-    out: they take no row, and the rows of ``order`` from ``offsets[E]`` on are zero.
-    """
-    ids_TK = ids_TK.int().contiguous()
-    slots = ids_TK.numel()
-    if slots >= 2**31:
-        raise ValueError(
-            f"ids {list(ids_TK.shape)} has {slots} slots; at most {2**31 - 1} can be sorted at a time"
-        )
-    offsets = torch.empty(experts + 1, dtype=torch.int32)
-    order_N = torch.zeros(slots, dtype=torch.int32)
-    _cpu_ops.sort_rows(ids_TK.data_ptr(), slots, experts, offsets.data_ptr(), order_N.data_ptr())
-    return offsets, order_N
 
 
 def gather_rows(source_TH: Tensor, tokens_n: Tensor, out_nH: Tensor) -> None:

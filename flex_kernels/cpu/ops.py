@@ -1,4 +1,6 @@
-"""Finds the native extension: ``kernels`` is :mod:`native` where it is built, :mod:`fallback` where not."""
+"""Finds the native extension: where it is built ``kernels`` is :mod:`native` and ``routing``
+:mod:`native_routing`, where not, both are :mod:`fallback`.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,11 @@ from flex_kernels.cpu import fallback
 from flex_kernels.precision import int8_products_allowed
 
 kernels: ModuleType = fallback
+routing: ModuleType = fallback
 if importlib.util.find_spec("flex_kernels._cpu_ops") is not None:
-    from flex_kernels.cpu import native
+    from flex_kernels.cpu import native, native_routing
 
-    kernels = native
+    kernels, routing = native, native_routing
 
 # Runs an instruction set other than the best: "avx512" on a processor with AMX, for example.
 ISA_VARIABLE = "FLEX_KERNELS_ISA"

@@ -165,15 +165,13 @@ def make_plan(
     shared_gate_T: Tensor | None,
     mix: str,
 ) -> Plan:
-    tokens, top_k = ids_TK.shape
-    offsets_E1, order_N = ops.kernels.sort_rows(ids_TK, gate_up_E2IH.shape[0])
-    tokens_N = order_N.div(top_k, rounding_mode="floor") if top_k else order_N
     closed_T = 1 - gate_T.float() if mix == "convex" and gate_T is not None else None
-    scale_TK = weights_TK.float()
-    if closed_T is not None:
-        scale_TK = scale_TK * closed_T[:, None]
-    routed = Block(gate_up_E2IH, down_EHI, tokens_N, scale_TK.reshape(-1)[order_N])
-    plan = Plan(offsets_E1.tolist(), order_N, closed_T, routed)
+    offsets, order_N, tokens_N, scale_N = ops.routing.sort_rows(
+        ids_TK, weights_TK.float().contiguous(), closed_T, gate_up_E2IH.shape[0]
+    )
+    routed = Block(gate_up_E2IH, down_EHI, tokens_N, scale_N)
+    plan = Plan(offsets, order_N, closed_T, routed)
+    tokens = ids_TK.shape[0]
     everyone_T = torch.arange(tokens, dtype=torch.int32)
 
     def dense(weights: tuple[Tensor | Quantized, Tensor | Quantized], scale_T: Tensor) -> Block:

@@ -72,9 +72,19 @@ int main() {
     flex::choose(logits.data(), kExperts + 1, nullptr, kTokens, kExperts, kTop, sigmoid, sigmoid, 1.5f, ids.data(),
                  weights.data(), scratch.data(), kThreads);
     flex::open_gates(logits.data(), kExperts + 1, kExperts, bias.data(), kTokens, 1, gates.data(), kThreads);
-    flex::sort_rows(ids.data(), kTokens * kTop, kExperts, offsets.data(), order.data());
-    print("ids", ids), print("offsets", offsets), print("order", order);
-    print("weights", weights), print("gates", gates);
+    std::vector<int32_t> token(kTokens * kTop);
+    std::vector<float> scale(kTokens * kTop), slots(kTokens * kTop);
+    flex::sort_rows(ids.data(), weights.data(), gates.data(), kTokens, kTop, kExperts, offsets.data(), order.data(),
+                    token.data(), scale.data());
+    flex::unsort_rows(scale.data(), order.data(), offsets.back(), kTokens * kTop, slots.data());
+    print("ids", ids), print("offsets", offsets), print("order", order), print("token", token);
+    print("weights", weights), print("gates", gates), print("scale", scale), print("slots", slots);
+    auto gradient = logits;
+    flex::choose_backward(gradient.data(), kExperts + 1, ids.data(), scale.data(), nullptr, kTokens, kExperts, kTop,
+                          sigmoid, sigmoid, 1.5f, scratch.data(), kThreads);
+    flex::open_gates_backward(gates.data(), gates.data(), kTokens, 1, gradient.data() + kExperts, kExperts + 1,
+                              bias.data());
+    print("gradient", gradient), print("bias", bias);
   }
 
   const flex::Kernels& plain = *flex::generic_kernels();
