@@ -44,7 +44,7 @@ def test_plain_kernels_compute_the_same_on_aarch64(tmp_path):
     here, there = results(str(tmp_path / "here")), results(EMULATOR, str(tmp_path / "there"))
     assert [name for name, _ in here] == [name for name, _ in there] and len(here) > 900
     for (name, mine), (_, other) in zip(here, there):
-        if name in ("ids", "offsets", "order") or name.startswith("gathered"):
+        if name in ("ids", "offsets", "order", "token") or name.startswith("gathered"):
             assert mine == other, name
             continue
         # Sums may round differently (aarch64 has fused multiply-adds everywhere), bfloat16 by a whole unit.
